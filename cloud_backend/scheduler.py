@@ -1,0 +1,93 @@
+"""Runs the work of all sessions on the engines, one batch at a time, first come first served.
+
+A session has at most one work here, so taking turns in order of arrival is round robin: none starves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from cloud_backend.engine import Engine, Result, Work
+from shared.errors import RequestError
+
+log = logging.getLogger("stip.cloud")
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A result, or why there is none, with the time it waited and ran."""
+
+    result: Result | RequestError
+    queue_us: int
+    compute_us: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    engine: Engine
+    work: Work
+    arrived: float
+    done: asyncio.Future[Timed]
+
+
+class Scheduler:
+    """Owns the one thread in which models run."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[_Job] = deque()
+        self._wake = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, "engine")
+
+    async def submit(self, engine: Engine, work: Work) -> Timed:
+        """Waits for the turn of `work` and gives its result. A caller that is cancelled gives up its turn."""
+        job = _Job(engine, work, time.perf_counter(), asyncio.get_running_loop().create_future())
+        self._jobs.append(job)
+        self._wake.set()
+        return await job.done
+
+    async def run(self) -> None:
+        """Serves jobs until cancelled; the forward that is running then still ends."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                batch = self._next_batch()
+                if not batch:
+                    self._wake.clear()
+                    await self._wake.wait()
+                    continue
+                started = time.perf_counter()
+                results = await loop.run_in_executor(self._thread, _run, batch)
+                compute_us = int((time.perf_counter() - started) * 1e6)
+                for job, result in zip(batch, results, strict=True):
+                    if not job.done.done():
+                        job.done.set_result(Timed(result, int((started - job.arrived) * 1e6), compute_us))
+        finally:
+            self._thread.shutdown(wait=True)
+
+    def _next_batch(self) -> list[_Job]:
+        """The oldest job, and others behind it for the same engine, as many as it takes at once."""
+        batch: list[_Job] = []
+        waiting: deque[_Job] = deque()
+        while self._jobs:
+            job = self._jobs.popleft()
+            if job.done.done():
+                continue  # its session went away
+            if not batch or (job.engine is batch[0].engine and len(batch) < job.engine.largest_batch):
+                batch.append(job)
+            else:
+                waiting.append(job)
+        self._jobs = waiting
+        return batch
+
+
+def _run(batch: list[_Job]) -> list[Result] | list[RequestError]:
+    try:
+        return batch[0].engine.run([job.work for job in batch])
+    except Exception as error:  # any failure of a model is this batch's alone: the server and other sessions go on
+        log.error("engine failed: %s", type(error).__name__)  # its text could quote tensors
+        return [RequestError("internal", "the engine failed; see the cloud's log") for _ in batch]

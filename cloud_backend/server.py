@@ -1,0 +1,220 @@
+"""The socket: a thin shell around sessions, and the life of the process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http
+import ipaddress
+import logging
+import signal
+import ssl
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+from websockets.typing import Origin
+
+from cloud_backend.scheduler import Scheduler
+from cloud_backend.session import Context, Limits, Session
+from cloud_backend.tokens import Tokens
+from shared.errors import UsageError
+from shared.wire import SUBPROTOCOL
+
+log = logging.getLogger("stip.cloud")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` (a name or an address, no port) can only be this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class CloudServer:
+    """Serves contexts to devices over websockets."""
+
+    def __init__(self, contexts: Iterable[Context], limits: Limits, tokens: Tokens | None) -> None:
+        self._contexts = {(context.served_name, context.key_id): context for context in contexts}
+        self._limits = limits
+        self._tokens = tokens
+        self._scheduler = Scheduler()
+        self._connections: set[_Connection] = set()
+        self._only_loopback = False
+
+    @asynccontextmanager
+    async def listening(
+        self,
+        host: str,
+        port: int,
+        *,
+        tls: ssl.SSLContext | None = None,
+        origins: Iterable[str] = (),
+    ) -> AsyncIterator[Server]:
+        """The server, listening, until the block ends; then every session is told and closed.
+
+        Raises UsageError for a host beyond loopback without tokens, and for an address that cannot be had.
+        """
+        self._only_loopback = is_loopback(host)
+        if self._tokens is None and not self._only_loopback:
+            raise UsageError(
+                f"host {host}: seen an address beyond loopback and no token file",
+                hint="make a token with `stip-cloud token --token-file F`, then serve with --token-file F",
+            )
+        try:
+            server = await serve(
+                self._serve,
+                host,
+                port,
+                ssl=tls,
+                subprotocols=[SUBPROTOCOL],  # type: ignore[list-item]  # a NewType of str
+                compression=None,  # floats hardly shrink, and it costs 100 times the transfer
+                # A page on another site must not use this server through a visitor's browser (RFC 6455 §10.2).
+                origins=[None, *map(Origin, origins)],
+                process_request=self._check_host,
+                # Frames a little beyond the limit still get their Error; larger ones only close code 1009.
+                max_size=2 * self._limits.max_frame,
+                max_queue=4,
+                server_header=None,
+            )
+        except OSError as error:
+            raise UsageError(
+                f"cannot listen on {host} port {port}: {error.strerror}", hint="is it in use? try --port"
+            ) from None
+        engines = asyncio.create_task(self._scheduler.run())
+        try:
+            async with server:
+                yield server
+                await self._tell_everyone()
+        finally:
+            engines.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await engines
+
+    def _check_host(self, connection: ServerConnection, request: Request) -> Response | None:
+        """On loopback, refuses names that only DNS rebinding would bring here."""
+        host = request.headers.get("Host", "")
+        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+        if self._only_loopback and not is_loopback(name):
+            return connection.respond(http.HTTPStatus.FORBIDDEN, "Host: wanted a loopback name\n")
+        return None
+
+    async def _serve(self, socket: ServerConnection) -> None:
+        session = Session(self._contexts, self._limits, lambda token: self._authorized(socket, token))
+        connection = _Connection(socket, session, self._scheduler, self._limits)
+        if len(self._connections) >= self._limits.max_sessions:
+            session.fail(
+                "too_many_sessions", f"sessions: {len(self._connections)} are open, the most this server takes"
+            )
+            await connection.flush()
+            return
+        self._connections.add(connection)
+        try:
+            await connection.run()
+        finally:
+            self._connections.discard(connection)
+            log.info("session closed, %d open", len(self._connections))
+
+    def _authorized(self, socket: ServerConnection, token: str | None) -> bool:
+        if self._tokens is None:
+            return True
+        assert socket.request is not None
+        scheme, _, given = socket.request.headers.get("Authorization", "").partition(" ")
+        return self._tokens.accept(token) or (scheme.lower() == "bearer" and self._tokens.accept(given))
+
+    async def _tell_everyone(self) -> None:
+        await asyncio.gather(*(connection.shut_down() for connection in self._connections), return_exceptions=True)
+
+
+class _Connection:
+    """Carries frames between one socket, its session and the scheduler."""
+
+    def __init__(self, socket: ServerConnection, session: Session, scheduler: Scheduler, limits: Limits) -> None:
+        self._socket = socket
+        self._session = session
+        self._scheduler = scheduler
+        self._limits = limits
+        self._received = asyncio.Event()
+        self._answered = asyncio.Event()
+        self._sending = asyncio.Lock()  # keeps frames in order while a slow reader holds one up
+
+    async def run(self) -> None:
+        """Until the socket closes, or the session wants it closed."""
+        worker = asyncio.create_task(self._work())
+        with contextlib.suppress(ConnectionClosed):
+            while self._session.closing is None:
+                await self._receive()
+                self._received.set()
+                await self.flush()
+        worker.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await worker
+
+    async def _receive(self) -> None:
+        session = self._session
+        while session.full:  # whoever sends faster than it is answered waits in its own socket
+            self._answered.clear()
+            await self._answered.wait()
+        seconds = self._limits.idle_seconds if session.context else self._limits.open_seconds
+        try:
+            frame = await asyncio.wait_for(self._socket.recv(), seconds)
+        except TimeoutError:
+            if not session.busy:
+                session.fail("idle", f"nothing was sent for {seconds:g} s")
+            return
+        if isinstance(frame, str):
+            session.fail("bad_frame", "frame: seen text, wanted binary")
+            return
+        opening = session.context is None
+        session.receive(frame)
+        if opening and session.context:
+            log.info("session opened on %s", session.context.served_name)
+
+    async def _work(self) -> None:
+        """Takes the session's work to the engine, one after the other, and sends what comes of it."""
+        session = self._session
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                await self._received.wait()
+                self._received.clear()
+                while (work := session.start()) is not None:
+                    assert session.context is not None
+                    timed = await self._scheduler.submit(session.context.engine, work)
+                    session.finish(timed.result, queue_us=timed.queue_us, compute_us=timed.compute_us)
+                    self._answered.set()
+                    await self.flush()
+                self._answered.set()
+                await self.flush()
+
+    async def flush(self) -> None:
+        """Sends what the session has to say, and closes if it wants to."""
+        async with self._sending:
+            while self._session.outbox:
+                await self._socket.send(self._session.outbox.popleft())
+        if self._session.closing is not None:
+            await self._socket.close(*self._session.closing)
+
+    async def shut_down(self) -> None:
+        """Tells the device that the cloud stops; a device that does not read is not waited for."""
+        self._session.fail("shutting_down", "the cloud stops")
+        with contextlib.suppress(ConnectionClosed, TimeoutError):
+            await asyncio.wait_for(self.flush(), 2)
+
+
+async def serve_until_stopped(
+    server: CloudServer, host: str, port: int, *, tls: ssl.SSLContext | None, origins: Iterable[str]
+) -> None:
+    """Serves until SIGTERM or SIGINT, then closes every session and returns."""
+    stop = asyncio.Event()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
+    async with server.listening(host, port, tls=tls, origins=origins) as listener:
+        actual = listener.sockets[0].getsockname()[1]
+        log.info("listening on %s://%s:%d", "wss" if tls else "ws", f"[{host}]" if ":" in host else host, actual)
+        await stop.wait()
+        log.info("stopping")

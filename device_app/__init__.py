@@ -1,0 +1,6 @@
+"""The device: embeds, hides, asks the cloud, reveals and samples. Needs neither torch nor transformers."""
+
+from device_app.assistant import Answer, Assistant, Stats
+from device_app.sampler import Sampling
+
+__all__ = ["Answer", "Assistant", "Sampling", "Stats"]

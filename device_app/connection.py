@@ -1,0 +1,201 @@
+"""The socket: a thin shell around a session. A lost connection is made again and the session replays."""
+
+from __future__ import annotations
+
+import ipaddress
+import ssl
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from websockets.exceptions import (
+    ConnectionClosed,
+    InvalidHandshake,
+    InvalidMessage,
+    InvalidStatus,
+    InvalidURI,
+    WebSocketException,
+)
+from websockets.sync.client import ClientConnection, connect
+from websockets.typing import Subprotocol
+
+from device_app.sampler import Row
+from device_app.session import Session
+from shared.errors import DishonestError, RefusedError, UnreachableError, UsageError
+from shared.wire import SUBPROTOCOL, Opened
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts
+MESSAGE_TOO_BIG = 1009  # RFC 6455 §7.4.1
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the cloud is. Raises UsageError for a URL that would send embeddings in the clear over a network.
+
+    ca: PEM file of the authority to trust instead of the system's. insecure: allow ws:// beyond loopback.
+    """
+
+    url: str
+    ca: Path | None = None
+    insecure: bool = False
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("ws", "wss") or not parts.hostname:
+            raise UsageError(f"url: seen {self.url!r}, wanted ws://host:port or wss://host:port")
+        if parts.scheme == "ws" and not _is_loopback(parts.hostname) and not self.insecure:
+            raise UsageError(
+                f"url: seen {self.url!r}, which crosses a network unencrypted, wanted wss://",
+                hint="serve with --tls-cert and --tls-key, or accept it with --insecure",
+            )
+
+    def tls(self) -> ssl.SSLContext | None:
+        """The TLS context for wss://."""
+        if not self.url.startswith("wss:"):
+            return None
+        try:
+            return ssl.create_default_context(cafile=str(self.ca) if self.ca else None)
+        except (OSError, ssl.SSLError) as error:
+            raise UsageError(f"--ca {self.ca}: {error}", hint="give a PEM file") from None
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Connection:
+    """Answers questions about logits over a socket that may break."""
+
+    def __init__(
+        self,
+        session: Session,
+        address: Address,
+        *,
+        retry_seconds: float = 60.0,
+        on_lost: Callable[[], None] = lambda: None,
+        on_frame: Callable[[str, bytes], None] = lambda way, frame: None,
+    ) -> None:
+        """retry_seconds: how long a lost connection is tried again; the first one fails at once.
+
+        on_lost: called when a connection breaks. on_frame: called with 'up' or 'down' and each frame as it travels.
+        """
+        self.session = session
+        self._address = address
+        self._tls = address.tls()
+        self._retry_seconds = retry_seconds
+        self._on_lost = on_lost
+        self._on_frame = on_frame
+        self._socket: ClientConnection | None = None
+        self._was_open = False
+
+    def open(self) -> Opened:
+        """Connects unless connected, and gives the session's limits. Raises UnreachableError, RefusedError."""
+        self._until(lambda: self.session.opened is not None)
+        assert self.session.opened is not None
+        return self.session.opened
+
+    def rows(self, ids: Sequence[int], *, rows: int = 1, top_k: int, temperature: float = 1.0) -> list[Row]:
+        """The logits after each of the last `rows` of `ids`. Raises CloudError."""
+        self.session.ask(ids, rows=rows, top_k=top_k, temperature=temperature)
+        self._until(lambda: self.session.rows is not None)
+        assert self.session.rows is not None
+        return self.session.rows
+
+    def cancel(self) -> None:
+        """Gives up the question that is open, if any; the cloud is told."""
+        self.session.cancel()
+        try:
+            if self._socket is not None:
+                self._send(self._socket)
+        except (ConnectionClosed, OSError):
+            self._drop()
+
+    def close(self) -> None:
+        """Ends the session."""
+        if self._socket is not None:
+            self._socket.close()
+        self._drop()
+
+    def _until(self, done: Callable[[], bool]) -> None:
+        lost_at: float | None = None
+        pause = FIRST_PAUSE
+        while not done():
+            try:
+                if self._socket is None:
+                    self._connect()
+                assert self._socket is not None
+                self._send(self._socket)
+                frame = self._socket.recv()
+                if isinstance(frame, str):
+                    raise DishonestError("reply: seen text, wanted a binary frame")
+                self.session.counters.bytes_down += len(frame)
+                self._on_frame("down", frame)
+                self.session.receive(frame)
+                if self.session.opened is not None:
+                    self._was_open, lost_at, pause = True, None, FIRST_PAUSE
+            except (ConnectionClosed, OSError, InvalidHandshake, InvalidMessage, TimeoutError) as error:
+                reason = self._reason(error)
+                self._drop()
+                now = time.monotonic()
+                if lost_at is None:
+                    lost_at = now
+                    if self._was_open:
+                        self._on_lost()
+                if not self._was_open or now - lost_at + pause > self._retry_seconds:
+                    raise UnreachableError(
+                        f"cloud {self._address.url}: {reason}", hint="is stip-cloud running there? see --url"
+                    ) from None
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+            except (DishonestError, RefusedError):
+                self._drop()
+                raise
+
+    def _connect(self) -> None:
+        try:
+            self._socket = connect(
+                self._address.url,
+                ssl=self._tls,
+                subprotocols=[Subprotocol(SUBPROTOCOL)],
+                compression=None,
+                # The largest reply is one full row; anything longer is not a reply.
+                max_size=2**16 + 4 * self.session.vocab_size,
+                open_timeout=10,
+                close_timeout=2,
+                proxy=None if _is_loopback(urlsplit(self._address.url).hostname or "") else True,
+            )
+        except InvalidStatus as error:
+            status = error.response.status_code
+            raise RefusedError("handshake", f"cloud {self._address.url}: answered HTTP status {status}") from None
+        except (InvalidURI, ssl.SSLCertVerificationError) as error:
+            raise RefusedError("handshake", f"cloud {self._address.url}: {error}", hint="see --ca") from None
+        if self._socket.subprotocol != SUBPROTOCOL:
+            raise DishonestError(f"cloud {self._address.url}: it does not speak {SUBPROTOCOL}")
+        self.session.connected()
+
+    def _send(self, socket: ClientConnection) -> None:
+        while self.session.outbox:
+            frame = self.session.outbox.popleft()
+            self.session.counters.bytes_up += len(frame)
+            self._on_frame("up", frame)
+            socket.send(frame)
+
+    def _reason(self, error: WebSocketException | OSError) -> str:
+        if isinstance(error, ConnectionClosed):
+            if error.sent is not None and error.sent.code == MESSAGE_TOO_BIG:
+                self._drop()
+                raise DishonestError("reply: seen a frame longer than any reply can be") from None
+            code = error.rcvd.code if error.rcvd is not None else "none"
+            return f"the connection was closed (code {code})"
+        return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+    def _drop(self) -> None:
+        self._socket = None
+        self.session.lost()

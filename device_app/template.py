@@ -1,0 +1,52 @@
+"""Chat templates, in a sandbox: a template comes with a model and may not reach the device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from shared.errors import BundleError
+
+
+class ChatTemplate:
+    """Renders messages to prompt text as transformers does. Raises BundleError if the template cannot be used."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self._special_tokens = dict(special_tokens)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise BundleError(f"chat template: {error}") from None
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt text for `messages` (role and content), ending where the assistant's answer begins."""
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages], add_generation_prompt=True, **self._special_tokens
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            # The text of a template error can quote the conversation; its kind cannot.
+            detail = str(error) if isinstance(error, jinja2.exceptions.TemplateRuntimeError) else type(error).__name__
+            raise BundleError(
+                f"chat template: {detail}", hint="does this model take these roles in this order?"
+            ) from None
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.exceptions.TemplateRuntimeError(message)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    # Jinja's own filter escapes for HTML, which changes prompts.
+    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -1,0 +1,73 @@
+"""`stip-export`: export a model, look at a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import msgspec
+
+from shared.command import run
+from shared.manifest import DeviceManifest, check_files, read_manifest
+
+
+def main() -> None:
+    """Entry point of the `stip-export` command."""
+    parser = argparse.ArgumentParser(prog="stip-export", description="The model developer: transform a model.")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    model = commands.add_parser("model", help="write a transformed checkpoint for the cloud and a bundle for devices")
+    model.add_argument("model", metavar="MODEL", help="hub id, folder with safetensors, or .gguf file")
+    model.add_argument("--out", required=True, type=Path, help="folder to make: OUT/cloud, OUT/device, OUT/export.json")
+    model.add_argument("--scheme", choices=("permutation",), default="permutation")
+    model.add_argument("--head", choices=("cloud",), default="cloud", help="where the classifier runs")
+    model.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    model.add_argument("--name", metavar="SERVED", help="what devices ask for; the cloud reads it (default: random)")
+    model.add_argument("--json", action="store_true", help="print the report as JSON")
+    model.set_defaults(command=_model)
+
+    inspect = commands.add_parser("inspect", help="what a device bundle is, secrets never shown")
+    inspect.add_argument("folder", type=Path, metavar="OUT/device")
+    inspect.set_defaults(command=_inspect)
+    run(parser)
+
+
+def _model(arguments: argparse.Namespace) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    from export.bundle import export_model
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    report = export_model(arguments.model, arguments.out, dtype=arguments.dtype, name=arguments.name)
+    if arguments.json:
+        print(msgspec.json.encode(report).decode())
+        return
+    check = report.check
+    print(f"{report.served_name}: {report.family}, {report.scheme}, {report.dtype}, {report.seconds} s")
+    print(f"  cloud      {arguments.out / 'cloud'}")
+    print(f"  device     {arguments.out / 'device'} (holds the user key: give it to devices only)")
+    print(f"  tokenizer  {report.tokenizer}: {report.tokenizer_proof}")
+    print(
+        f"  check      {check.positions} positions in float32: logits differ by at most {check.max_difference:.1e} "
+        f"(mean {check.mean_difference:.1e}, largest logit {check.largest_logit:.1f}); "
+        f"top token the same in {check.same_top_token} of {check.positions}"
+    )
+    print(f"  key space  2^{report.log2_keys:.0f} permutations; this is not encryption: see SECURITY.md")
+    for name, reason in list(report.unmoved.items())[:1]:
+        print(f"  unmoved    {len(report.unmoved)} tensors such as {name}: {reason}")
+    if report.warning:
+        print(f"stip-export: warning: {report.warning}", file=sys.stderr)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    manifest = read_manifest(arguments.folder, DeviceManifest)
+    check_files(arguments.folder, manifest, contents=True)
+    shown = msgspec.to_builtins(manifest)
+    files = shown.pop("files")
+    for key, value in shown.items():
+        print(f"{key:<16} {value}")
+    for name, entry in files.items():
+        print(f"{name:<24} {entry['bytes']:>12,} bytes  sha256 {entry['sha256'][:16]}…  intact")

@@ -1,0 +1,183 @@
+"""Where a model comes from: a hub id, a local folder, or a GGUF file. Tensors are read one at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import gguf
+import torch
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from export.families import normalized
+from export.progress import listed
+from export.shards import Shards
+from export.streaming import empty_model
+from shared.errors import SourceError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
+
+class Source(Protocol):
+    """A model to export."""
+
+    config: PretrainedConfig
+    shapes: dict[str, tuple[int, ...]]  # of every tensor, under the stock model's names
+    dtype: torch.dtype  # the one that holds every stored value exactly
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, shape `shapes[name]`."""
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The reference tokenizer."""
+
+    def end_ids(self) -> list[int]:
+        """Token ids at which generation ends."""
+
+
+def open_source(model: str) -> Source:
+    """Opens a hub id, a folder of safetensors, or a `.gguf` file. Raises SourceError."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return FolderSource(path)
+    if path.suffix == ".gguf":
+        return GgufSource(path)
+    if path.exists() or model.count("/") > 1 or model.startswith((".", "/", "~")):
+        raise SourceError(
+            f"model {model!r}: {'not a folder or .gguf file' if path.exists() else 'no such folder or file'}",
+            hint="give a hub id such as org/name, a folder with config.json and *.safetensors, or a .gguf file",
+        )
+    return FolderSource(_download(model))
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SourceError(
+            f"model {model!r}: cannot be had from the hub: {first}",
+            hint="check the id, the network, and `hf auth login` for gated models; or give a local folder",
+        ) from None
+
+
+def _config(folder: Path, **options: Any) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder, **options)
+    except (ValueError, OSError, KeyError) as error:
+        raise SourceError(
+            f"{folder}: its config cannot be read: {str(error).splitlines()[0]}",
+            hint="an architecture that the installed transformers does not know cannot be exported",
+        ) from None
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+class FolderSource:
+    """A local Hugging Face checkpoint in safetensors."""
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / "config.json").is_file():
+            raise SourceError(f"{folder}: no config.json", hint="give the folder that save_pretrained() wrote")
+        self.folder = folder
+        self.config = _config(folder)
+        self._shards = Shards(folder)
+        self.shapes = self._shards.shapes
+        self.dtype = _exact_dtype(self._shards.dtypes, folder)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._shards.read(name)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if not any((self.folder / name).exists() for name in TOKENIZER_FILES):
+            raise SourceError(f"{self.folder}: no tokenizer", hint="copy tokenizer.json into the model's folder")
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    def end_ids(self) -> list[int]:
+        from transformers import GenerationConfig
+
+        ids = _as_list(self.config.eos_token_id)
+        if (self.folder / "generation_config.json").exists():
+            ids += _as_list(GenerationConfig.from_pretrained(self.folder).eos_token_id)
+        return sorted(set(ids))
+
+
+def _exact_dtype(dtypes: dict[str, str], folder: Path) -> torch.dtype:
+    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    odd = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in known]
+    if odd:
+        raise SourceError(
+            f"{folder}: tensors that are not float32, float16 or bfloat16: {listed(odd)}",
+            hint="quantised safetensors are not supported; give the unquantised model",
+        )
+    found = {known[dtype] for dtype in dtypes.values()}
+    return found.pop() if len(found) == 1 and found <= {torch.float16, torch.bfloat16} else torch.float32
+
+
+class GgufSource:
+    """A GGUF file, dequantised one tensor at a time."""
+
+    # llama.cpp interleaves the rotary halves of these architectures' query and key rows.
+    INTERLEAVED = ("llama",)
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise SourceError(f"{path}: no such file")
+        self.path = path
+        try:
+            reader = gguf.GGUFReader(path)
+        except (ValueError, OSError, KeyError, IndexError) as error:
+            raise SourceError(f"{path}: {error}", hint="truncated or not GGUF? download it again") from None
+        self.config = _config(path.parent, gguf_file=path.name)
+        if self.config.architectures is None:
+            self.config.architectures = _stock_class(self.config)
+        self._architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
+        self._tensors = self._under_stock_names({tensor.name: tensor for tensor in reader.tensors})
+        self.shapes = {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in self._tensors.items()}
+        self.dtype = torch.float32  # dequantised values need it, and norm weights are stored in it
+
+    def _under_stock_names(self, stored: dict[str, Any]) -> dict[str, Any]:
+        layers = normalized(self.config).num_layers
+        architectures = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+        names = gguf.get_tensor_name_map(architectures[self._architecture], layers)
+        stock = {}
+        for name in _stock_parameters(self.config):
+            module, _, suffix = name.rpartition(".")
+            found = stored.pop(f"{names.get_name(module)}.{suffix}", None)
+            if found is not None:
+                stock[name] = found
+        stored.pop("rope_freqs.weight", None)  # llama.cpp's own copy of what the config says
+        if stored:
+            raise SourceError(f"{self.path}: tensors without a stock name: {listed(stored)}")
+        return stock
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = self._tensors[name]
+        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        if self._architecture in self.INTERLEAVED and name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = self.config.num_attention_heads if "q_proj" in name else self.config.num_key_value_heads
+            rows, columns = values.shape
+            # [heads, pairs, 2, columns] → [heads, 2, pairs, columns]: first halves before second halves
+            values = values.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+        return values.view(self.shapes[name])
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+
+    def end_ids(self) -> list[int]:
+        return sorted(set(_as_list(self.config.eos_token_id)))
+
+
+def _stock_class(config: PretrainedConfig) -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+
+
+def _stock_parameters(config: PretrainedConfig) -> list[str]:
+    return [name for name, _ in empty_model(config).named_parameters()]

@@ -145,6 +145,8 @@ class TorchEngine:
         at_one = torch.logsumexp(wide, -1)
         at_temperature = at_one if temperature == 1.0 else torch.logsumexp(wide / temperature, -1)
         log_sum_exp = torch.stack([at_one, at_temperature], -1).cpu().numpy()
+        if not np.isfinite(log_sum_exp).all():
+            raise ArithmeticError("the model computed logits that are not finite")
         if top_k == 0:
             return LogitRows(_to_numpy(logits), np.empty((len(logits), 0), np.uint32), log_sum_exp)
         top = torch.topk(wide, min(top_k, logits.shape[-1]), sorted=False)

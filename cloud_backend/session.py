@@ -98,6 +98,7 @@ class Session:
         self._running: _Request | None = None
         self._in_flight = 0
         self._last_seq = -1
+        self._changed_by: int | None = None  # seq of the request that last changed the KV cache
         self._dtype: FloatName = "float32"
 
     @property
@@ -115,8 +116,11 @@ class Session:
         try:
             message = decode(frame)
         except WireError as error:
-            # Its seq is unknown, so no reply could be matched to it: the connection ends.
-            self.fail("bad_frame", str(error))
+            if error.seq is not None and self.context is not None:
+                self._request(error.seq, len(frame), error)
+                self._flush_errors()
+            else:  # no reply could be matched to it, so the connection ends
+                self.fail("bad_frame", str(error))
             return
         if self.context is None:
             if isinstance(message, Open):
@@ -124,7 +128,7 @@ class Session:
             else:
                 self.fail("bad_request", f"first message: seen {type(message).__name__}, wanted Open")
         elif isinstance(message, Append | Encode):
-            self._request(message, len(frame))
+            self._request(message.seq, len(frame), message)
         elif isinstance(message, Cancel):
             self._cancel(message.seq)
         else:
@@ -174,16 +178,18 @@ class Session:
             )
         )
 
-    def _request(self, message: Append | Encode, size: int) -> None:
-        if message.seq <= self._last_seq:
-            self.fail("bad_request", f"seq: seen {message.seq}, wanted more than {self._last_seq}")
+    def _request(self, seq: int, size: int, message: Append | Encode | WireError) -> None:
+        if seq <= self._last_seq:
+            self.fail("bad_request", f"seq: seen {seq}, wanted more than {self._last_seq}")
             return
-        self._last_seq = message.seq
-        request = _Request(message.seq, size)
+        self._last_seq = seq
+        request = _Request(seq, size)
         try:
+            if isinstance(message, WireError):
+                raise message
             request.append = self._checked(message, size)
             self._in_flight += size
-        except RequestError as error:
+        except (RequestError, WireError) as error:
             request.error, request.size = error, 0
         self._pending.append(request)
 
@@ -243,6 +249,8 @@ class Session:
         """What depends on the KV cache, checked at the request's turn."""
         assert self.context is not None
         length, context = self._cache.length, self.context.engine.context
+        if message.after is not None and message.after != self._changed_by:
+            raise RequestError("out_of_step", f"after: seen {message.after}, which is not what the KV cache rests on")
         if message.keep > length:
             raise RequestError("out_of_step", f"keep: seen {message.keep}, wanted at most the KV length {length}")
         end = message.keep + len(message.embeddings)
@@ -268,8 +276,11 @@ class Session:
         if self.closing is not None:
             return
         if isinstance(result, RequestError):
+            if result.code == "internal":  # the engine may have cut the cache
+                self._changed_by = None
             self._reply_error(request.seq, result)
         else:
+            self._changed_by = request.seq
             length = self._kv_length()
             common = {"seq": request.seq, "kv_length": length, "queue_us": queue_us, "compute_us": compute_us}
             if isinstance(result, LogitRows):

@@ -68,6 +68,7 @@ class _Flight:
     seq: int
     size: int
     kv_length: int  # after it
+    before: list[int]  # ids that the cloud holds before it
     question: _Question
     last: bool
 
@@ -95,7 +96,9 @@ class Session:
         self._question: _Question | None = None
         self._unsent: deque[tuple[int, int]] = deque()  # ranges of the question's ids still to append
         self._flights: deque[_Flight] = deque()
-        self._held: list[int] = []  # ids that the cloud holds once every flight has landed
+        self._held: list[int] = []  # ids that the cloud holds once every flight has landed well
+        self._planned = False  # whether the question's pieces were worked out
+        self._broken = False  # a flight failed, and those behind it are still in the air
         self._seq = 0
         self._replans = 0
 
@@ -122,6 +125,7 @@ class Session:
         self._unsent.clear()
         self._flights.clear()
         self._held = []
+        self._planned = self._broken = False
         self._seq = 0
 
     # --- the question ---
@@ -134,8 +138,9 @@ class Session:
         self._question = _Question(list(ids), rows, top_k, temperature)
         self.rows = None
         self._replans = 0
-        if self.opened is not None:
-            self._plan()
+        self._planned = False
+        self._unsent.clear()
+        self._plan()
 
     def cancel(self) -> None:
         """Gives the question up; what the cloud has not started of it is dropped."""
@@ -145,9 +150,11 @@ class Session:
             self.outbox.append(encode(Cancel(seq=self._flights[0].seq)))
 
     def _plan(self) -> None:
-        """Works out which of the question's ids the cloud lacks, in pieces of a frame."""
+        """Works out which of the question's ids the cloud lacks, in pieces of a frame; waits until it is sure."""
         question, opened = self._question, self.opened
-        assert question is not None and opened is not None
+        if question is None or opened is None or self._planned or self._flights:
+            return
+        self._planned = True
         ids, held = question.ids, self._held
         common = len(held) if ids[: len(held)] == held else _common_prefix(ids, held)
         keep = min(common, len(ids) - question.rows)  # the last rows are appended again even if they are held
@@ -192,10 +199,12 @@ class Session:
                     rows=question.rows if last else 0,
                     top_k=question.top_k,
                     temperature=question.temperature,
+                    # Pipelined: if the piece before fails, this one must not succeed on what the cache held instead.
+                    after=self._flights[-1].seq if self._flights else None,
                     tensors=(hidden,),
                 )
             )
-        self._flights.append(_Flight(self._seq, len(frame), end, question, last))
+        self._flights.append(_Flight(self._seq, len(frame), end, self._held, question, last))
         self._held = question.ids[:end]
         self._seq += 1
         self.counters.vectors_up += end - start
@@ -228,7 +237,7 @@ class Session:
         if message.max_frame < 1024 + 4 * message.hidden_size:
             raise DishonestError(f"Opened: a frame of {message.max_frame} bytes holds no embedding")
         self.opened = message
-        if self._question is not None and self.rows is None:
+        if self.rows is None:
             self._plan()
 
     def _land(self, seq: int | None) -> _Flight:
@@ -243,23 +252,29 @@ class Session:
                 return  # the connection closes; whoever runs it opens another
             raise RefusedError(message.code, f"the cloud refused the session: {_quoted(message)}", hint=_hint(message))
         flight = self._land(message.seq)
-        self._held = self._held[: message.kv_length]
-        if flight.question is not self._question:
-            return  # of a question that was given up
-        if message.code not in ("out_of_step", "window_exceeded", "cancelled"):
-            self._question = None
-            raise RefusedError(message.code, f"the cloud refused a request: {_quoted(message)}", hint=_hint(message))
-        self._unsent.clear()
-        if not self._flights:  # the pieces behind it have failed too
-            self._replans += 1
+        # It changed nothing, nor will those behind it; only an engine's failure leaves less than there was before.
+        self._held = (self._held if self._broken else flight.before)[: message.kv_length]
+        self._broken = bool(self._flights)
+        if flight.question is self._question and self.rows is None:
+            self._unsent.clear()
+            if message.code not in ("out_of_step", "window_exceeded", "cancelled"):
+                self._question = None
+                raise RefusedError(
+                    message.code, f"the cloud refused a request: {_quoted(message)}", hint=_hint(message)
+                )
+            if self._planned:
+                self._planned = False
+                self._replans += 1
             if self._replans > MOST_REPLANS:
                 raise DishonestError(f"the cloud lost its place {self._replans} times: {_quoted(message)}")
-            self._plan()
+        self._plan()
 
     def _logits(self, message: Logits) -> None:
         flight = self._land(message.seq)
         self.counters.queue_us += message.queue_us
         self.counters.compute_us += message.compute_us
+        if self._broken:
+            raise DishonestError("reply: seen Logits behind an Error, wanted out_of_step")
         if message.kv_length != flight.kv_length:
             raise DishonestError(f"KV length: seen {message.kv_length}, wanted {flight.kv_length}")
         if flight.last and flight.question is self._question:
@@ -268,6 +283,7 @@ class Session:
         elif not flight.last and message.values.shape[0]:
             raise DishonestError(f"rows: seen {message.values.shape[0]}, wanted 0")
         self._pump()
+        self._plan()
 
     def _revealed(self, message: Logits, question: _Question) -> list[Row]:
         vocab_size = self._key.vocab.size
@@ -284,7 +300,7 @@ class Session:
         else:
             if ids.max() >= vocab_size:
                 raise DishonestError(f"ids: seen {ids.max()}, wanted less than {vocab_size}")
-            if any(np.unique(row).size != row.size for row in ids):
+            if (np.diff(np.sort(ids, axis=-1), axis=-1) == 0).any():
                 raise DishonestError("ids: seen one twice in a row")
             plain = self._key.reveal_ids(ids)
         _check_mass(values, message.log_sum_exp, question.temperature, vocab_size)

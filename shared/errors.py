@@ -60,7 +60,9 @@ class _Coded(StipError):
 
 
 class WireError(_Coded):
-    """A frame that breaks PROTOCOL.md. `code` is one of its error codes."""
+    """A frame that breaks PROTOCOL.md. `code` is one of its error codes; `seq` the request's, where one was read."""
+
+    seq: int | None = None
 
 
 class RequestError(_Coded):

@@ -51,6 +51,8 @@ class UserKey:
 
     def hide(self, embeddings: Array) -> Array:
         """x → xπ for embeddings [n, hidden_size]. STIP §5.2, line 6 of algorithm 1."""
+        if embeddings.shape[-1] != self.residual.size:  # take() would cut wider ones and say nothing
+            raise BundleError(f"embeddings: seen width {embeddings.shape[-1]}, wanted the key's {self.residual.size}")
         return embeddings.take(self.residual, axis=-1)
 
     def reveal_ids(self, permuted: Array) -> Index:
@@ -96,7 +98,12 @@ class UserKey:
                         f"key file {path}: seen format {metadata.get('format')!r}, wanted {FORMAT!r}",
                         hint="export the bundle again with this version",
                     )
+                if not metadata.get("key_id"):
+                    raise BundleError(f"key file {path}: no key_id", hint="export the bundle again with this version")
+                for name in ("residual", "vocab"):
+                    if (dtype := file.get_slice(name).get_dtype()) != "I32":
+                        raise BundleError(f"key file {path}: {name}: seen dtype {dtype}, wanted I32")
                 residual, vocab = (file.get_tensor(name).astype(np.int64) for name in ("residual", "vocab"))
         except (OSError, SafetensorError) as error:
             raise BundleError(f"key file {path}: {error}", hint="is this the device folder of an export?") from None
-        return cls(str(metadata.get("key_id")), residual, vocab)
+        return cls(metadata["key_id"], residual, vocab)

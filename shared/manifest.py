@@ -114,7 +114,7 @@ def read_manifest(folder: Path, kind: type[M]) -> M:
         if (folder / other).exists():
             hint = f"this is the other half; {hint}"
         raise BundleError(f"{path}: {error.strerror or error}", hint=hint) from None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path}: {error}", hint="export again with this version of stip-export") from None
     if manifest.protocol != SUBPROTOCOL:
         raise BundleError(f"{path}: seen protocol {manifest.protocol!r}, wanted {SUBPROTOCOL!r}", hint="export again")

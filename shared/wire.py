@@ -46,7 +46,7 @@ ErrorCode = Literal[
     "unknown_model",  # no context with that served name (closes)
     "wrong_key",  # the served model was exported under another key (closes)
     "unsupported",  # this cloud, or this model, does not do that
-    "out_of_step",  # `keep` is beyond the KV cache
+    "out_of_step",  # `keep` is beyond the KV cache, or the request named by `after` did not succeed
     "context_full",  # the KV cache would pass the context limit
     "too_large",  # a frame, or the rows asked for, pass a limit
     "window_exceeded",  # more bytes in flight than `Opened` allowed
@@ -68,6 +68,10 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", omit_
 
     def check(self) -> None:
         """Raises WireError where the tensors do not have the dtypes and dimensions of this message."""
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        seq = getattr(self, "seq", None)
+        return [] if seq is None else [("seq", seq)]
 
     def __repr__(self) -> str:
         # Tokens, resume secrets and embeddings must not reach a log through a careless format string.
@@ -117,6 +121,7 @@ class Append(Message, frozen=True, kw_only=True, tag="append"):
     top_k: U32 = 256  # 0: full rows
     temperature: Real = 1.0  # of the second log-sum-exp
     kind: Literal["text", "image"] = "text"
+    after: U32 | None = None  # seq of the request that must have succeeded just before; else out_of_step
 
     @property
     def embeddings(self) -> Array:
@@ -200,10 +205,9 @@ class Encode(Message, frozen=True, kw_only=True, tag="encode"):
 
     def check(self) -> None:
         _expect(self, self.embeddings, "embeddings", FLOATS, 2)
-        if sum(self.lengths) != self.embeddings.shape[0] or 0 in self.lengths:
-            raise WireError(
-                "bad_request", f"lengths: seen a sum of {sum(self.lengths)}, wanted {self.embeddings.shape[0]}, none 0"
-            )
+        seen, wanted = sum(self.lengths), self.embeddings.shape[0]
+        if seen != wanted or not self.lengths or 0 in self.lengths:
+            raise WireError("bad_request", f"lengths: seen a sum of {seen}, wanted {wanted}, at least one, none 0")
 
 
 class Encoded(Message, frozen=True, kw_only=True, tag="encoded"):
@@ -262,12 +266,15 @@ _encoder = msgspec.msgpack.Encoder(enc_hook=_describe)
 
 
 def encode(message: Message) -> bytes:
-    """The frame of one message. Tensors must be C-contiguous arrays of a wire dtype (raises WireError)."""
+    """The frame of one message. Raises WireError for a dtype that is not the wire's and a header over its limit."""
     header = _encoder.encode(message)
+    if len(header) > MAX_HEADER:
+        raise WireError("too_large", f"header: seen {len(header)} bytes, wanted at most {MAX_HEADER}")
     parts = [struct.pack("<I", len(header)), header]
     length = 4 + len(header)
     for array in message.tensors:
-        if DTYPES.get(array.dtype.name) != array.dtype:
+        wanted = DTYPES.get(array.dtype.name)
+        if wanted is None or wanted != array.dtype:  # None == np.dtype("float64") holds
             raise WireError("bad_frame", f"tensor: seen dtype {array.dtype}, wanted one of {', '.join(DTYPES)}")
         padding = -length % ALIGNMENT
         raw = np.ascontiguousarray(array).tobytes()
@@ -334,14 +341,21 @@ def decode(frame: bytes | bytearray | memoryview) -> AnyMessage:
     try:
         message: AnyMessage = decoder.decode(view[4 : 4 + header_length])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        # The text of a validation error names a field and a type, never a value of the header's.
+        # The text of a validation error names a field and a type; where it quotes a value, that is cut out, as it
+        # may be a secret in the wrong field, 64 KiB, or a terminal's control characters.
         detail = str(error) if isinstance(error, msgspec.ValidationError) else "not MessagePack"
+        if detail.startswith("Invalid"):
+            detail = f"no such choice - at {detail.rpartition(' - at ')[2]}"
         raise WireError("bad_frame", f"header: {detail}") from None
     if tensors.offset != len(view):
         raise WireError("bad_frame", f"frame: seen {len(view)} bytes, wanted {tensors.offset}")
-    if len(message.tensors) != len(message.TENSORS):
-        raise WireError("bad_frame", f"tensors: seen {len(message.tensors)}, wanted {len(message.TENSORS)}")
-    message.check()
+    if tensors.seen != len(message.TENSORS):  # counted as they were cut: `tensors` may stand in a header twice
+        raise WireError("bad_frame", f"tensors: seen {tensors.seen}, wanted {len(message.TENSORS)}")
+    try:
+        message.check()
+    except WireError as error:
+        error.seq = getattr(message, "seq", None)
+        raise
     return message
 
 

@@ -105,7 +105,7 @@ TIMES = {"queue_us": 0, "compute_us": 0}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "open": {"dtype": "auto", "token": None, "resume": None},
     "opened": {},
-    "append": {"rows": 1, "want": "logits", "top_k": 256, "temperature": 1.0, "kind": "text"},
+    "append": {"rows": 1, "want": "logits", "top_k": 256, "temperature": 1.0, "kind": "text", "after": None},
     "logits": TIMES,
     "hidden": TIMES,
     "encode": {"want": "hidden"},
@@ -158,7 +158,7 @@ def valid() -> dict[str, dict[str, Any]]:
     case("opened_largest", "every integer at its largest", largest)
 
     case("append_minimal", "the worked example of PROTOCOL.md", APPEND, f32(1, 2))
-    options = {"rows": 2, "want": "hidden", "top_k": 0, "temperature": 0.7, "kind": "image"}
+    options = {"rows": 2, "want": "hidden", "top_k": 0, "temperature": 0.7, "kind": "image", "after": MAX - 1}
     case("append_full", "an Append with every field", APPEND | {"seq": MAX} | options, f32(3, 2))
     case("append_no_rows", "an Append that wants an acknowledgement alone", APPEND | {"rows": 0}, f32(2, 2))
     case("append_all_rows", "rows equal to n", APPEND | {"rows": 2}, f32(2, 2))
@@ -167,31 +167,59 @@ def valid() -> dict[str, dict[str, Any]]:
     special = "float32", [1, 4], bytes.fromhex("0000c07f0000807f000080ff00000080")
     case("append_not_finite", "NaN and infinities pass the framing; the cloud answers not_finite", APPEND, special)
     integer = APPEND | {"temperature": Raw(b"\x02")}
-    case("append_temperature_integer", "a real may be written as an integer", APPEND | {"temperature": 2.0}, f32(1, 2),
-         frame=build(integer, f32(1, 2)))  # fmt: skip
+    case(
+        "append_temperature_integer",
+        "a real may be written as an integer",
+        APPEND | {"temperature": 2.0},
+        f32(1, 2),
+        frame=build(integer, f32(1, 2)),
+    )
     single = APPEND | {"temperature": Raw(b"\xca\x3f\x00\x00\x00")}
-    case("append_temperature_float32", "a real may be written as a 32-bit float", APPEND | {"temperature": 0.5},
-         f32(1, 2), frame=build(single, f32(1, 2)))  # fmt: skip
+    case(
+        "append_temperature_float32",
+        "a real may be written as a 32-bit float",
+        APPEND | {"temperature": 0.5},
+        f32(1, 2),
+        frame=build(single, f32(1, 2)),
+    )
     case("append_temperature_smallest", "any temperature above 0", APPEND | {"temperature": 5e-324}, f32(1, 2))
     case("append_temperature_largest", "a temperature of 1,000,000", APPEND | {"temperature": 1e6}, f32(1, 2))
     wide = APPEND | {"seq": Raw(b"\xcf" + bytes(7) + b"\x07"), "keep": Raw(b"\xd1\x00\x03")}
-    case("append_wide_integers", "an integer may be written in any width and sign", APPEND, f32(1, 2),
-         frame=build(wide, f32(1, 2)))  # fmt: skip
+    case(
+        "append_wide_integers",
+        "an integer may be written in any width and sign",
+        APPEND,
+        f32(1, 2),
+        frame=build(wide, f32(1, 2)),
+    )
     last = {"tensors": [["float32", [1, 2]]], "keep": 3, "seq": 7, "type": "append"}
-    case("append_type_last", "fields come in any order, the type too", APPEND, f32(1, 2),
-         frame=assemble(pack(last), f32(1, 2)[2]))  # fmt: skip
+    case(
+        "append_type_last",
+        "fields come in any order, the type too",
+        APPEND,
+        f32(1, 2),
+        frame=assemble(pack(last), f32(1, 2)[2]),
+    )
     unknown = APPEND | {"priority": 3, "trace": {"id": b"\x00\x01", "hops": [1, 2.5, None]}, "x": Raw(b"\xd4\x05\x00")}
-    case("append_unknown_fields", "unknown fields are ignored: an integer, a map, an extension type", APPEND, f32(1, 2),
-         frame=build(unknown, f32(1, 2)))  # fmt: skip
-    for padding in range(16):
-        length = (49 + len("\xa1x") + 1 + padding) % 16  # of APPEND's frame with the unknown field x
-        pad = "a" * (-(length) % 16 + 0)
-        frame = build(APPEND | {"x": pad[: len(pad)]}, f32(1, 2))
-        case(f"append_padding_{-_header_end(frame) % 16:02}", f"{-_header_end(frame) % 16} bytes of padding", APPEND,
-             f32(1, 2), frame=frame)  # fmt: skip
+    case(
+        "append_unknown_fields",
+        "unknown fields are ignored: an integer, a map, an extension type",
+        APPEND,
+        f32(1, 2),
+        frame=build(unknown, f32(1, 2)),
+    )
+    for letters in range(16):
+        frame = build(APPEND | {"x": "a" * letters}, f32(1, 2))
+        padding = -_header_end(frame) % 16
+        case(f"append_padding_{padding:02}", f"{padding} bytes of padding", APPEND, f32(1, 2), frame=frame)
     filler = 65536 - len(pack(APPEND | {"x": "", "tensors": [["float32", [1, 2]]]})) - 2  # 2: the longer string head
-    case("header_at_limit", "a header of 65,536 bytes", APPEND, f32(1, 2),
-         frame=build(APPEND | {"x": "a" * filler}, f32(1, 2)))  # fmt: skip
+    case(
+        "header_at_limit",
+        "a header of 65,536 bytes",
+        APPEND,
+        f32(1, 2),
+        frame=build(APPEND | {"x": "a" * filler}, f32(1, 2)),
+    )
 
     lse = f32(2, 2)
     case(
@@ -411,6 +439,9 @@ def invalid() -> dict[str, dict[str, Any]]:
     case("tensors_one_too_many", "an Append carries one tensor", build(APPEND, f32(1, 2), f32(1, 2)))
     case("tensors_one_too_few", "a Logits carries three tensors", build(LOGITS, f32(1, 1), u32(1, 1)))
     case("tensors_none", "an Append carries one tensor", build(APPEND))
+    once = pack(APPEND | {"tensors": [["float32", [1, 2]]]})
+    twice = bytes([once[0] + 1]) + once[1:] + pack("tensors") + pack([["float32", [1, 2]]])
+    case("tensors_twice", "the key tensors twice, and bytes for both", assemble(twice, one, one))
     case("tensors_not_wanted", "a Cancel carries none", build({"type": "cancel", "seq": 7}, f32(1, 1)))
     case("dtype_unknown", "float64 is no wire dtype", described([["float64", [1, 1]]]))
     case("dtype_not_string", "the dtype is an integer", described([[4, [1, 2]]]))
@@ -453,6 +484,7 @@ def invalid() -> dict[str, dict[str, Any]]:
         build(ENCODE | {"lengths": [MAX, 4]}, f32(3, 2)),
         "bad_request",
     )
+    case("encode_no_lengths", "no sequence", build(ENCODE | {"lengths": []}, f32(0, 2)), "bad_request")
     case(
         "encode_length_zero",
         "a sequence of 0 embeddings",

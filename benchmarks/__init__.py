@@ -1,0 +1,1 @@
+"""What is fast, as ratios in one run."""

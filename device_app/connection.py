@@ -6,6 +6,7 @@ import ipaddress
 import ssl
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -93,6 +94,7 @@ class Connection:
         self._on_lost = on_lost
         self._on_frame = on_frame
         self._socket: ClientConnection | None = None
+        self._closing = ExitStack()  # what ends the socket
         self._was_open = False
 
     def open(self) -> Opened:
@@ -119,8 +121,6 @@ class Connection:
 
     def close(self) -> None:
         """Ends the session."""
-        if self._socket is not None:
-            self._socket.close()
         self._drop()
 
     def _until(self, done: Callable[[], bool]) -> None:
@@ -160,7 +160,7 @@ class Connection:
 
     def _connect(self) -> None:
         try:
-            self._socket = connect(
+            socket = connect(
                 self._address.url,
                 ssl=self._tls,
                 subprotocols=[Subprotocol(SUBPROTOCOL)],
@@ -171,6 +171,7 @@ class Connection:
                 close_timeout=2,
                 proxy=None if _is_loopback(urlsplit(self._address.url).hostname or "") else True,
             )
+            self._socket = self._closing.enter_context(socket)
         except InvalidStatus as error:
             status = error.response.status_code
             raise RefusedError("handshake", f"cloud {self._address.url}: answered HTTP status {status}") from None
@@ -198,4 +199,5 @@ class Connection:
 
     def _drop(self) -> None:
         self._socket = None
+        self._closing.close()
         self.session.lost()

@@ -98,6 +98,7 @@ class Session:
         self._flights: deque[_Flight] = deque()
         self._held: list[int] = []  # ids that the cloud holds once every flight has landed well
         self._planned = False  # whether the question's pieces were worked out
+        self._forgotten = False  # the cloud held ids when the connection was lost
         self._broken = False  # a flight failed, and those behind it are still in the air
         self._seq = 0
         self._replans = 0
@@ -118,8 +119,7 @@ class Session:
 
     def lost(self) -> None:
         """The connection is gone, and with it all that the cloud held."""
-        if self.opened is not None and self._held:
-            self.counters.replays += 1
+        self._forgotten = self._forgotten or bool(self._held)
         self.opened = None
         self.outbox.clear()
         self._unsent.clear()
@@ -237,6 +237,8 @@ class Session:
         if message.max_frame < 1024 + 4 * message.hidden_size:
             raise DishonestError(f"Opened: a frame of {message.max_frame} bytes holds no embedding")
         self.opened = message
+        self.counters.replays += self._forgotten
+        self._forgotten = False
         if self.rows is None:
             self._plan()
 

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from export.check import Check, check_equivalence, sample_ids
 from export.embedding import export_embedding
-from export.families import Dropped, Family, Fixed, family_of, normalized
+from export.families import Dropped, Family, family_of, normalized
 from export.permutation import Permutation
 from export.progress import bar
 from export.shards import TensorPlan, plan_shards, write_index, write_shard
@@ -170,7 +170,7 @@ def _write_cloud(
     key_id: str,
     shard_bytes: int,
 ) -> tuple[dict[str, FileEntry], dict[str, str]]:
-    """The transformed checkpoint, tensor by tensor. Gives its files and the tensors that no axis of which may move."""
+    """The transformed checkpoint, tensor by tensor. Gives its files, and why which tensors stayed as they were."""
     origin = {name: name for name in source.shapes if name != family.embedding}
     if family.embedding not in source.shapes:
         raise FamilyError(f"tensor {family.embedding!r}: missing from the source", hint="is the checkpoint complete?")
@@ -193,11 +193,7 @@ def _write_cloud(
     next(progress, None)  # lets the bar finish
     write_index(folder, shards)
     (folder / "config.json").write_text(json.dumps(_cloud_config(source.config, dtype), indent=2) + "\n")
-    unmoved = {
-        name: "; ".join(axis.reason for axis in axes if isinstance(axis, Fixed))
-        for name, axes in table.items()
-        if all(isinstance(axis, Fixed) for axis in axes)
-    }
+    unmoved = {name: reason for name, axes in table.items() if (reason := permutation.unmoved(axes))}
     return _entries(folder), unmoved
 
 

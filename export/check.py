@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from export.families import Family
 from export.shards import Shards
 from export.source import Source
-from export.streaming import empty_model, stream_parameters
+from export.streaming import streamed_logits
 from shared.errors import EquivalenceError
 from shared.key import UserKey
 
@@ -45,7 +45,6 @@ def sample_ids(vocab_size: int, text_ids: list[int]) -> np.ndarray:
     return np.stack([text, even]).astype(np.int64)
 
 
-@torch.inference_mode()
 def check_equivalence(
     source: Source, family: Family, dtype: torch.dtype, cloud: Path, device: Path, ids: np.ndarray
 ) -> Check:
@@ -55,16 +54,12 @@ def check_equivalence(
         stored = name if name in source.shapes else family.embedding  # a tied classifier
         return source.read(stored).to(dtype)
 
-    original = empty_model(source.config)
-    stream_parameters(original, read_original)
-    expected = original(torch.from_numpy(ids)).logits.numpy()
-
+    expected = streamed_logits(source.config, read_original, input_ids=torch.from_numpy(ids))
     key = UserKey.load(device / "key.safetensors")
     session = ort.InferenceSession(device / "embedding.onnx", providers=["CPUExecutionProvider"])
     embeddings = session.run(None, {"ids": ids.reshape(-1)})[0].reshape(*ids.shape, -1)
-    transformed = empty_model(AutoConfig.from_pretrained(cloud))
-    stream_parameters(transformed, Shards(cloud).read)
-    permuted = transformed(inputs_embeds=torch.from_numpy(key.hide(embeddings))).logits.numpy()
+    hidden = torch.from_numpy(key.hide(embeddings))
+    permuted = streamed_logits(AutoConfig.from_pretrained(cloud), Shards(cloud).read, inputs_embeds=hidden)
     return _compare(expected, key.reveal_rows(permuted))
 
 

@@ -103,14 +103,15 @@ BLANK_FRAMES = ("a{0}b", "a {0}b", "a{0} b", "{0}{0}x", "x{0}", "  {0}!", "a\n{0
 COMBINING = "\u0301\u0327\u0489\u05b8\u064b\u093f\u094d\u0e31\u1160\u20e3\u3099\ufe0f\U000e0100\U0001f3fd"
 LONE_FRAMES = ("{0}", "a{0}", " {0}", "1{0}{0}b", "!{0} ")
 
-# Controls, non-characters, private use, tags, unassigned and last code points of every plane that has any.
+# Controls, non-characters, private use, tags, unassigned and last code points, letters of Unicode 14 to 16.
 ODD = (
     [chr(code) for code in (*range(0, 32), *range(127, 160))]
     + list("\xad\u061c\u202e\u2066\ufffc\ufffd\ufffe\uffff\ufdd0\ue000\uf8ff\U000e0001\U000e0067\U000e007f")
     + [chr(code) for code in (0x378, 0x2FE0, 0x1FFFE, 0x30000, 0x3FFFD, 0x40000, 0x5A5A5, 0x8E001, 0xBFFFF, 0xC0000)]
     + [chr(code) for code in (0xF0000, 0xF8FFF, 0x100000, 0x10FFFD, 0x10FFFF, 0x1E900, 0x1FBF0, 0x2A6DF, 0x323AF)]
+    + [chr(code) for code in (0x870, 0x1C89, 0x9FFD, 0xA7D0, 0x10570, 0x10D40, 0x16AC0, 0x1DF00, 0x1E4F0, 0x2EBF0)]
 )
-ODD_FRAMES = ("a{0}b", " {0}", "!{0}!", "  {0}1")
+ODD_FRAMES = ("a{0}b", " {0}", "!{0}!", "  {0}1", "{0}'ve")
 
 WORDS = "it we they I you Who O 日本 é 5 _ )"
 CONTRACTIONS = "'s 't 're 've 'm 'll 'd 'S 'LL 'Re 'vE 'M 'D 'T ’s ’ll 'sx 'l 'r 'll's ''s 'ſ"

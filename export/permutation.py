@@ -82,6 +82,18 @@ class Permutation:
             tensor = tensor.index_select(dimension, torch.from_numpy(index))
         return tensor
 
+    def unmoved(self, axes: tuple[Axis, ...]) -> str | None:
+        """Why a tensor with these axes is stored as it was, or None if it is not."""
+        reasons = []
+        for axis in axes:
+            if isinstance(axis, Fixed):
+                reasons.append(axis.reason)
+            elif np.array_equal(self._index[axis], np.arange(len(self._index[axis]))):
+                reasons.append(f"{axis} moves by whole heads alone, and the draw left their order as it was")
+            else:
+                return None
+        return "; ".join(reasons)
+
     def user_key(self, key_id: str) -> UserKey:
         """The two permutations a device needs; the others stay with the developer and are not stored at all."""
         return UserKey(key_id, self._index["residual"], self._index["vocab"])

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -19,31 +21,40 @@ def empty_model(config: PretrainedConfig) -> Any:
         return AutoModelForCausalLM.from_config(config).eval()
 
 
-def stream_parameters(model: torch.nn.Module, read: Callable[[str], torch.Tensor]) -> None:
-    """Makes each module read its own parameters, in float32, before it runs and drop them after.
+@torch.inference_mode()
+def streamed_logits(
+    config: PretrainedConfig, read: Callable[[str], torch.Tensor], **inputs: torch.Tensor
+) -> npt.NDArray[np.float32]:
+    """Logits [sequences, positions, vocab_size] of the stock model in float32; `read(name)` gives a parameter."""
+    model = empty_model(config)
+    # Values are put where parameters of the same shape were before: freeing and allocating large tensors between
+    # small ones leaves the heap many times their size.
+    places: dict[tuple[str, torch.Size], torch.Tensor] = {}
 
-    `read(name)` gives a parameter by its name in the model.
-    """
+    def load(module_name: str, own: list[str]) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, _: object) -> None:
+            for name in own:
+                place = (name, module.get_parameter(name).shape)
+                if place not in places:
+                    places[place] = torch.empty(place[1])
+                places[place].copy_(read(f"{module_name}.{name}"))
+                module.register_parameter(name, torch.nn.Parameter(places[place], requires_grad=False))
+
+        return hook
+
+    def drop(own: list[str]) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, _: object, __: object) -> None:
+            for name in own:
+                empty = torch.empty(module.get_parameter(name).shape, device="meta")
+                module.register_parameter(name, torch.nn.Parameter(empty, requires_grad=False))
+
+        return hook
+
     for module_name, module in model.named_modules():
         own = [name for name, _ in module.named_parameters(recurse=False)]
         if own:
-            module.register_forward_pre_hook(_loader(module_name, own, read))
-            module.register_forward_hook(_dropper(own))
-
-
-def _loader(module_name: str, own: list[str], read: Callable[[str], torch.Tensor]) -> Callable[..., None]:
-    def load(module: torch.nn.Module, _: object) -> None:
-        for name in own:
-            values = read(f"{module_name}.{name}").to(torch.float32)
-            module.register_parameter(name, torch.nn.Parameter(values, requires_grad=False))
-
-    return load
-
-
-def _dropper(own: list[str]) -> Callable[..., None]:
-    def drop(module: torch.nn.Module, _: object, __: object) -> None:
-        for name in own:
-            empty = torch.empty(module.get_parameter(name).shape, device="meta")
-            module.register_parameter(name, torch.nn.Parameter(empty, requires_grad=False))
-
-    return drop
+            module.register_forward_pre_hook(load(module_name, own))
+            module.register_forward_hook(drop(own))
+    logits: npt.NDArray[np.float32] = model(**inputs).logits.numpy()
+    places.clear()
+    return logits

@@ -18,7 +18,7 @@ import onnx
 import onnxruntime
 import onnxruntime_extensions
 from onnx import TensorProto, helper, numpy_helper
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from export.hard_text import hard_text
@@ -147,19 +147,17 @@ def _byte_level_spec(backend: Tokenizer) -> dict[str, Any]:
 
 
 def _token_texts(vocab: dict[str, int]) -> list[str]:
-    """The text of every token that is whole characters: the op looks these up before it merges anything."""
-    pieces = (bytes(BYTES.get(character, 0x3F) for character in token) for token in vocab)
-    return [piece.decode() for piece in pieces if _is_text(piece)]
+    """Every token's whole characters as text: the op looks words up before it merges anything."""
+    return [bytes(BYTES.get(character, 0x3F) for character in token).decode(errors="ignore") for token in vocab]
 
 
-def _is_text(piece: bytes) -> bool:
-    return "\ufffd" not in piece.decode(errors="replace")
+# --- what the custom op cannot read ---------------------------------------------------------------------------------
 
 
-def _outside(spec: dict[str, Any]) -> str:
+def _outside(spec: dict[str, Any], folder: Path) -> str:
     """A regular expression of the text that the custom op cannot read, for causes known beforehand.
 
-    U+0000: ends a string tensor. U+0085: white space to the reference, a symbol to the op. Characters with a byte
+    U+0000: it ends a string tensor. Characters of which the two engines know different classes. Characters with a byte
     that the vocabulary lacks: the reference leaves it out and merges across it, the op emits an id that does not exist.
     And the op's own unknown token, where the tokenizer has no such special token. Raises _NotExact.
     """
@@ -167,12 +165,35 @@ def _outside(spec: dict[str, Any]) -> str:
     if not lacking.isdisjoint(range(0x80, 0xC0)):
         raise _NotExact("its vocabulary lacks bytes that most scripts need")
     codes = (code for code in range(0x110000) if not 0xD800 <= code < 0xE000)
-    outside = [code for code in codes if code in (0, 0x85) or not lacking.isdisjoint(chr(code).encode())]
-    starts = [code for code, before in zip(outside, [-2, *outside], strict=False) if code != before + 1]
-    ends = [code for code, after in zip(outside, [*outside[1:], -2], strict=True) if code != after - 1]
+    outside = {code for code in codes if not lacking.isdisjoint(chr(code).encode())} | _of_other_class(folder) | {0}
+    starts = sorted(code for code in outside if code - 1 not in outside)
+    ends = sorted(code for code in outside if code + 1 not in outside)
     ranges = "".join(f"\\U{start:08x}-\\U{end:08x}" for start, end in zip(starts, ends, strict=True))
     known = any(token["content"] == OP_UNKNOWN for token in spec["added_tokens"])
     return f"[{ranges}]" if known else f"[{ranges}]|{re.escape(OP_UNKNOWN)}"
+
+
+def _of_other_class(folder: Path) -> set[int]:
+    """Code points that are letter, number, blank or symbol to the reference's engine, and another of these to the op.
+
+    (The op follows Unicode 13 and takes U+0085 for a symbol.) Both engines get a vocabulary whose merges show between
+    which of the characters in a{code}1{code}! a word ends. Planes 4 to 13 are unassigned, 15 and 16 private for good.
+    """
+    merges = list(dict.fromkeys(pair for byte in BYTES for pair in (("a", byte), (byte, "1"), (byte, "!"))))
+    vocab = {token: place for place, token in enumerate(dict.fromkeys([*BYTES, *map("".join, merges)]))}
+    reference = Tokenizer(models.BPE(vocab, merges))
+    reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    path = folder / ONNX[0]  # overwritten or removed afterwards
+    onnx.save(_tokenizer_graph({"model": {"vocab": vocab, "merges": merges}, "added_tokens": []}, ""), path)
+    session = _session(path)
+
+    def differ(codes: Sequence[int]) -> bool:
+        text = "".join(f"a{chr(code)}1{chr(code)}!" for code in codes)
+        return _encode(session, text) != reference.encode(text).ids
+
+    codes = [*range(1, 0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xF0000)]
+    blocks = (codes[start : start + 64] for start in range(0, len(codes), 64))
+    return {code for block in blocks if differ(block) for code in block if differ([code])}
 
 
 # --- the graphs ---------------------------------------------------------------------------------------------------
@@ -180,16 +201,18 @@ def _outside(spec: dict[str, Any]) -> str:
 
 def _write_and_prove_onnx(spec: dict[str, Any], samples: Sequence[Sample], folder: Path) -> int:
     """Writes both graphs and runs them as written. Returns how many texts tokenizer.json has to encode."""
-    outside = _outside(spec)
     paths = [folder / name for name in ONNX]
-    onnx.save(_tokenizer_graph(spec, outside), paths[0])
-    onnx.save(_detokenizer_graph(spec), paths[1])
     try:
+        outside = _outside(spec, folder)
+        onnx.save(_tokenizer_graph(spec, outside), paths[0])
+        onnx.save(_detokenizer_graph(spec), paths[1])
         encoder, decoder = (_session(path) for path in paths)
         inside = [sample for sample in samples if not re.search(outside, sample.text)]
         wrong_ids = sum(_encode(encoder, sample.text) != sample.ids for sample in inside)
         ids = {token_id for sample in samples for token_id in sample.ids}
         piece = {token_id: decoder.run(None, {"id": np.array(token_id)})[0].tobytes() for token_id in ids}
+    except _NotExact:
+        raise
     except Exception as error:  # ONNX Runtime's own exceptions derive from no common class but this one
         raise _NotExact(f"ONNX Runtime does not run the graphs: {type(error).__name__}") from None
     decoded = (b"".join(piece[token_id] for token_id in sample.ids) for sample in samples)

@@ -55,7 +55,9 @@ SIZES = {
 TINY = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
     "llama-tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "llama-odd-heads": LlamaConfig(**SIZES | {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 10}),
+    "llama-odd-heads": LlamaConfig(
+        **SIZES | {"hidden_size": 45, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 10}
+    ),
     "llama-biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "mistral": MistralConfig(**SIZES | {"num_attention_heads": 3, "num_key_value_heads": 1}, sliding_window=None),
     "mistral-window": MistralConfig(**SIZES, sliding_window=8),

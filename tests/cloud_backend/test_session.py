@@ -1,4 +1,4 @@
-"""One session without a socket: what each message is answered with, in which order, and what the KV cache then holds."""
+"""One session without a socket: what each message is answered with, in which order, and what the cache then holds."""
 
 from __future__ import annotations
 
@@ -112,14 +112,17 @@ OPEN = wire.Open(model="tiny", key_id="key")
 def opened(limits: Limits = LIMITS, **options: Any) -> Cloud:
     cloud = Cloud(limits, **options)
     cloud.receive(OPEN)
+    cloud.sent.clear()
     return cloud
 
 
-def append(seq: int, keep: int, *names: float, rows: int = 0, dtype: str = "float32", **fields: Any) -> wire.Append:
+def append(
+    seq: int, keep: int, *names: float, rows: int = 0, top_k: int = 4, dtype: str = "float32", **fields: Any
+) -> wire.Append:
     """An Append of one embedding a name, the name its first value."""
     embeddings = np.zeros((len(names), HIDDEN), wire.DTYPES[dtype])
     embeddings[:, 0] = names
-    return wire.Append(seq=seq, keep=keep, rows=rows, tensors=(embeddings,), **fields)
+    return wire.Append(seq=seq, keep=keep, rows=rows, top_k=top_k, tensors=(embeddings,), **fields)
 
 
 def with_embeddings(message: wire.Append, embeddings: np.ndarray) -> wire.Append:
@@ -129,6 +132,10 @@ def with_embeddings(message: wire.Append, embeddings: np.ndarray) -> wire.Append
 def codes(replies: list[Any]) -> list[str]:
     """Each reply as its error code, or its type."""
     return [reply.code if isinstance(reply, wire.Error) else type(reply).__name__ for reply in replies]
+
+
+def numbered(replies: list[Any]) -> list[tuple[int, str]]:
+    return list(zip((reply.seq for reply in replies), codes(replies), strict=True))
 
 
 # --- opening ---
@@ -286,16 +293,56 @@ def test_one_position_more_is_context_full_and_changes_nothing() -> None:
     assert cloud.cache.held == list(range(CONTEXT))
 
 
+# --- after ---
+
+
+def test_after_the_request_that_changed_the_cache_last_is_taken() -> None:
+    cloud = opened()
+    assert codes(cloud.ask(append(1, 0, 1), append(2, 1, 2, after=1), append(3, 2, 3, after=2))) == ["Logits"] * 3
+
+
+def test_after_a_request_that_failed_is_out_of_step() -> None:
+    cloud = opened()
+    cloud.ask(append(1, 0, 1, 2, 3), append(2, 3, np.nan), append(3, 2, 9, after=2))
+    assert (codes(cloud.sent), cloud.cache.held) == (["Logits", "not_finite", "out_of_step"], [1, 2, 3])
+
+
+def test_after_an_older_request_is_out_of_step() -> None:
+    assert codes(opened().ask(append(1, 0, 1), append(2, 1, 2), append(3, 1, 3, after=1)))[2:] == ["out_of_step"]
+
+
+def test_after_a_request_that_was_never_sent_is_out_of_step() -> None:
+    assert codes(opened().ask(append(5, 0, 1, after=4))) == ["out_of_step"]
+
+
+def test_a_failed_request_does_not_come_between() -> None:
+    assert codes(opened().ask(append(1, 0, 1), append(2, 9, 2), append(3, 1, 3, after=1)))[2:] == ["Logits"]
+
+
+def test_a_failure_breaks_the_whole_chain_behind_it() -> None:
+    cloud = opened()
+    cloud.ask(append(1, 0, 1), append(2, 1, np.inf, after=1), *(append(seq, 1, seq, after=seq - 1) for seq in (3, 4)))
+    assert codes(cloud.sent) == ["Logits", "not_finite", "out_of_step", "out_of_step"]
+
+
+def test_nothing_comes_after_a_request_on_which_the_engine_failed() -> None:
+    cloud = opened()
+    cloud.receive(append(1, 0, 1), append(2, 0, 2, after=1), append(3, 0, 3, after=2), append(4, 0, 4, after=1))
+    work = cloud.session.start()
+    assert work is not None
+    cloud.finish(work)
+    assert cloud.session.start() is not None
+    cloud.session.finish(RequestError("internal", "the engine failed"))
+    cloud.run()
+    assert codes(cloud.sent) == ["Logits", "internal", "out_of_step", "out_of_step"]
+
+
 # --- requests that do not fit ---
 
 GOOD = append(1, 0, 1, 2, rows=1, top_k=4)
 SPECIAL = {"NaN": np.nan, "infinity": np.inf, "minus infinity": -np.inf}
 BAD = {
-    **{
-        f"{name} in {dtype}": (append(1, 0, 1, value, dtype=dtype), "not_finite")
-        for name, value in SPECIAL.items()
-        for dtype in ("float32",)
-    },
+    **{name: (append(1, 0, 1, value), "not_finite") for name, value in SPECIAL.items()},
     "another dtype": (append(1, 0, 1, dtype="float16"), "bad_request"),
     "too narrow": (with_embeddings(GOOD, np.ones((2, HIDDEN - 1), np.float32)), "bad_request"),
     "too wide": (with_embeddings(GOOD, np.ones((2, HIDDEN + 1), np.float32)), "bad_request"),
@@ -306,6 +353,7 @@ BAD = {
     "too many full rows": (append(1, 0, *range(4), rows=4, top_k=0), "too_large"),
     "too large a top_k": (append(1, 0, 1, top_k=9), "too_large"),
     "keep beyond the cache": (append(1, 1, 1), "out_of_step"),
+    "after nothing": (append(1, 0, 1, after=999), "out_of_step"),
     "past the context": (append(1, 0, *range(CONTEXT + 1)), "context_full"),
     "an image": (append(1, 0, 1, kind="image"), "unsupported"),
     "Encode": (wire.Encode(seq=1, lengths=(2,), tensors=(np.ones((2, HIDDEN), np.float32),)), "unsupported"),
@@ -383,7 +431,20 @@ def test_a_seq_that_was_refused_is_used_up() -> None:
     assert cloud.session.closing == (1008, "bad_request")
 
 
-@pytest.mark.parametrize("frame", [b"", b"\0\0\0", b"\xff" * 40, wire.encode(GOOD)[:-1], wire.encode(GOOD) + b"\0"])
+BROKEN = {
+    "empty": b"",
+    "short": b"\0\0\0",
+    "garbage": b"\xff" * 40,
+    "cut": wire.encode(GOOD)[:-1],
+    "longer": wire.encode(GOOD) + b"\0",
+    "integers": wire.encode(with_embeddings(GOOD, np.ones((2, HIDDEN), np.uint32))),
+    "one dimension": wire.encode(with_embeddings(GOOD, np.ones(HIDDEN, np.float32))),
+    "no tensor": wire.encode(msgspec.structs.replace(GOOD, tensors=())),
+    "two tensors": wire.encode(msgspec.structs.replace(GOOD, tensors=GOOD.tensors * 2)),
+}
+
+
+@pytest.mark.parametrize("frame", BROKEN.values(), ids=BROKEN)
 def test_a_broken_frame_ends_the_connection(frame: bytes) -> None:
     cloud = opened()
     (error,) = cloud.receive(frame)
@@ -469,7 +530,7 @@ def test_a_failing_engine_is_answered_with_internal_and_the_session_goes_on() ->
     cloud.receive(append(1, 0, 1), append(2, 0, 2))
     assert cloud.session.start() is not None
     cloud.session.finish(RequestError("internal", "the engine failed"))
-    assert [(reply.seq, kind) for reply, kind in zip(r := cloud.replies() + cloud.run(), codes(r), strict=True)] == [
+    assert numbered(cloud.replies() + cloud.run()) == [
         (1, "internal"),
         (2, "Logits"),
     ]
@@ -500,7 +561,7 @@ def test_cancel_answers_every_request_that_has_not_started() -> None:
     cloud, work = running_with(append(2, 1, 2), append(3, 2, 3))
     cloud.receive(wire.Cancel(seq=0))
     cloud.finish(work)
-    assert [(reply.seq, kind) for reply, kind in zip(r := cloud.replies(), codes(r), strict=True)] == [
+    assert numbered(cloud.replies()) == [
         (1, "Logits"),
         (2, "cancelled"),
         (3, "cancelled"),
@@ -586,7 +647,8 @@ def test_a_cancelled_request_frees_the_window_once() -> None:
     cloud = opened(TWO)
     cloud.receive(append(1000, 0, 1), append(1001, 1, 2), wire.Cancel(seq=1001), wire.Cancel(seq=1000))
     cloud.receive(append(1002, 0, 1), append(1003, 1, 2), append(1004, 2, 3))
-    assert codes(cloud.sent + cloud.run())[3:] == ["Logits", "Logits", "window_exceeded"]
+    cloud.run()
+    assert codes(cloud.sent) == ["cancelled", "cancelled", "Logits", "Logits", "window_exceeded"]
 
 
 # --- the end ---
@@ -622,7 +684,7 @@ def test_nothing_is_said_after_the_error_that_ends_the_connection() -> None:
 names = st.lists(st.integers(1, 99), min_size=1, max_size=6)
 operations = st.lists(
     st.one_of(
-        st.tuples(st.just("append"), names, st.integers(0, CONTEXT), st.integers(0, 6)),
+        st.tuples(st.just("append"), names, st.integers(0, CONTEXT), st.integers(0, 6), st.none() | st.integers(0, 9)),
         st.tuples(st.just("bad"), st.sampled_from(sorted(BAD))),
         st.tuples(st.just("cancel"), st.integers(0, 30)),
         st.tuples(st.just("start")),
@@ -642,8 +704,9 @@ def play(steps: list[tuple[Any, ...]], limits: Limits = LIMITS) -> tuple[Cloud, 
         if kind in ("append", "bad"):
             seq += 1
             if kind == "append":
-                given, keep, rows = values
-                asked[seq] = append(seq, keep, *given, rows=min(rows, len(given)), top_k=4)
+                given, keep, rows, back = values
+                after = None if back is None else seq - back
+                asked[seq] = append(seq, keep, *given, rows=min(rows, len(given)), after=after)
             else:
                 asked[seq] = later(BAD[values[0]][0], seq)
             cloud.receive(asked[seq])

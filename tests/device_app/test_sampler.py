@@ -67,7 +67,7 @@ def top_row(values: Array, k: int, temperature: float, random: np.random.Generat
 
 samplings = st.builds(
     Sampling,
-    temperature=st.sampled_from([0.0, 0.5, 1.0, 1.5]),
+    temperature=st.sampled_from([0.0, 0.05, 0.5, 1.0, 1.5]),
     top_k=st.sampled_from([0, 0, 0, 1, 5, 40, 100, 10_000]),
     top_p=st.sampled_from([1.0, 1.0, 0.05, 0.5, 0.9, 0.95, 0.999]),
     min_p=st.sampled_from([0.0, 0.0, 0.001, 0.05, 0.3, 1.0]),
@@ -79,7 +79,7 @@ samplings = st.builds(
 # --- (a) the partial row and the full one ---
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=800, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     shape=st.sampled_from(SHAPES),
     vocab=st.sampled_from([300, 311, 1000, 5000]),
@@ -343,10 +343,10 @@ def test_top_k_keeps_the_lowest_plain_ids_of_equal_ones() -> None:
     ("seed", "position", "numerator"),
     [
         (42, 1000, 1319520184364287),  # PROTOCOL.md
-        (0, 0, 5066157743622867),
-        (0, 1, 5862085459703127),
-        (1, 0, 6087577486164110),
-        (2**64 - 1, 2**64 - 1, 3186377797453580),
+        (0, 0, 508604106994858),
+        (0, 1, 3963917667521872),
+        (1, 0, 5843428001937822),
+        (2**64 - 1, 2**64 - 1, 1390843749066413),
     ],
 )
 def test_random_numbers_are_those_of_the_specification(seed: int, position: int, numerator: int) -> None:

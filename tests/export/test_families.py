@@ -77,8 +77,10 @@ def test_no_tensor_is_in_the_cloud_as_it_was(
             other for other, values in stored.items() if values.shape == tensor.shape and torch.equal(values, tensor)
         ]
         assert same == ([name] if name in unmoved else []), f"{name} is in the cloud unpermuted"
-    assert all("RoPE" in reason for reason in unmoved.values())
-    assert set(unmoved) == {name for name in original.shapes if name.endswith(("q_norm.weight", "k_norm.weight"))}
+    # Listed are the norms inside heads, which RoPE fixes, and key biases where a draw of few heads kept their order.
+    assert {name for name in original.shapes if name.endswith(("q_norm.weight", "k_norm.weight"))} <= set(unmoved)
+    assert all(name.endswith(("q_norm.weight", "k_norm.weight", "k_proj.bias")) for name in unmoved)
+    assert all("RoPE" in reason or "whole heads" in reason for reason in unmoved.values())
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen3"])

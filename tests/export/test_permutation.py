@@ -80,6 +80,13 @@ def test_a_fixed_axis_stays() -> None:
     assert torch.equal(drawn.act("w", tensor, (Fixed("reason"),)), tensor)
 
 
+def test_a_tensor_that_stays_says_why() -> None:
+    drawn = Permutation([heads(3, 1, 4), Features("a", 50)])
+    assert drawn.unmoved((Fixed("because"),)) == "because"
+    assert "whole heads" in str(drawn.unmoved(("key",)))  # one key/value head: there is no other order
+    assert drawn.unmoved(("key", "a")) is None
+
+
 def test_a_shape_that_does_not_fit_its_space_is_named() -> None:
     drawn = Permutation([Features("a", 3)])
     with pytest.raises(FamilyError, match=r"'w': seen 4 on axis 0, wanted 3 \(a\)"):

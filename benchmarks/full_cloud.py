@@ -50,7 +50,8 @@ def row_of(rows: LogitRows) -> Row:
 
 async def main(dtype: str) -> None:
     """Serves on a free loopback port, which it prints, until killed."""
-    engine, scheduler = plain_engine(dtype), Scheduler()
+    scheduler = Scheduler()
+    engine = scheduler.call(lambda: plain_engine(dtype))
 
     async def answer(socket: ServerConnection) -> None:
         async for request in socket:

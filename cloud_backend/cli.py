@@ -7,6 +7,7 @@ import asyncio
 import logging
 import ssl
 import sys
+from functools import partial
 from pathlib import Path
 
 from shared.command import run
@@ -54,6 +55,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging as transformers_logging
 
     from cloud_backend.engine import open_context
+    from cloud_backend.scheduler import Scheduler
     from cloud_backend.server import CloudServer, serve_until_stopped
     from cloud_backend.session import Context, Limits
     from cloud_backend.tokens import Tokens
@@ -72,15 +74,18 @@ def _serve(arguments: argparse.Namespace) -> None:
     )
     tokens = Tokens(arguments.token_file) if arguments.token_file else None
     tls = _tls(arguments.tls_cert, arguments.tls_key)
+    scheduler = Scheduler()
     contexts: dict[tuple[str, str], Context] = {}
     for folder in arguments.folders:
-        manifest, engine = open_context(
+        load = partial(
+            open_context,
             folder,
             dtype=arguments.dtype,
             device=arguments.device,
             context=arguments.context,
             verify=arguments.verify,
         )
+        manifest, engine = scheduler.call(load)
         name = (manifest.served_name, manifest.key_id)
         if name in contexts:
             raise UsageError(f"{folder}: the same export was given twice")
@@ -88,7 +93,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         log.info("serving %s: %s, context %d", manifest.served_name, engine.dtype, engine.context)
         if manifest.warning:
             log.warning("%s: %s", manifest.served_name, manifest.warning)
-    server = CloudServer(contexts.values(), limits, tokens)
+    server = CloudServer(contexts.values(), limits, tokens, scheduler)
     asyncio.run(serve_until_stopped(server, arguments.host, arguments.port, tls=tls, origins=arguments.origin))
 
 

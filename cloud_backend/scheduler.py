@@ -9,13 +9,16 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from cloud_backend.engine import Engine, Result, Work
 from shared.errors import RequestError
 
 log = logging.getLogger("stip.cloud")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,20 @@ class _Job:
 
 
 class Scheduler:
-    """Owns the one thread in which models run."""
+    """Owns the one thread in which models are loaded and run.
+
+    One, because each thread that runs torch gets OpenMP workers of its own, and with more workers than cores all of
+    them go to sleep between parallel regions: a token then takes half as long again.
+    """
 
     def __init__(self) -> None:
         self._jobs: deque[_Job] = deque()
         self._wake = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "engine")
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Runs `function` in the engines' thread and gives what it gives: for loading models."""
+        return self._thread.submit(function).result()
 
     async def submit(self, engine: Engine, work: Work) -> Timed:
         """Waits for the turn of `work` and gives its result. A caller that is cancelled gives up its turn."""

@@ -39,11 +39,14 @@ def is_loopback(host: str) -> bool:
 class CloudServer:
     """Serves contexts to devices over websockets."""
 
-    def __init__(self, contexts: Iterable[Context], limits: Limits, tokens: Tokens | None) -> None:
+    def __init__(
+        self, contexts: Iterable[Context], limits: Limits, tokens: Tokens | None, scheduler: Scheduler | None = None
+    ) -> None:
+        """tokens: None takes anyone, on loopback alone. scheduler: the one in whose thread the models were loaded."""
         self._contexts = {(context.served_name, context.key_id): context for context in contexts}
         self._limits = limits
         self._tokens = tokens
-        self._scheduler = Scheduler()
+        self._scheduler = scheduler or Scheduler()
         self._connections: set[_Connection] = set()
         self._only_loopback = False
 

@@ -11,7 +11,6 @@ import numpy as np
 import onnxruntime
 import onnxruntime_extensions
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 from shared.errors import BundleError
 
@@ -30,7 +29,7 @@ class Tokenizer(Protocol):
     """Text to ids; `detokenizer` gives a fresh stream for the way back."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`. Special tokens in it are recognised; none is added."""
+        """Ids of `text`. Special tokens in it are recognised; none is added. Lone surrogates count as U+FFFD."""
 
     def detokenizer(self) -> Detokenizer:
         """A fresh stream."""
@@ -38,10 +37,15 @@ class Tokenizer(Protocol):
 
 def open_tokenizer(folder: Path, kind: Literal["onnx", "json"]) -> Tokenizer:
     """The tokenizer of a bundle. Raises BundleError if a file is missing or unreadable."""
-    fallback = JsonTokenizer(folder / "tokenizer.json")
+    fallback = folder / "tokenizer.json"
     if kind == "json":
-        return fallback
+        return JsonTokenizer(fallback)
     return OnnxTokenizer(folder / "tokenizer.onnx", folder / "detokenizer.onnx", fallback)
+
+
+def _unreadable(path: Path, error: Exception) -> BundleError:
+    message = (str(error) or type(error).__name__).splitlines()[0]
+    return BundleError(f"{path}: {message}", hint="export the bundle again")
 
 
 def _session(path: Path) -> Any:
@@ -51,19 +55,38 @@ def _session(path: Path) -> Any:
     options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has no exception of its own to name
-        raise BundleError(f"{path}: {str(error).splitlines()[0]}", hint="export the bundle again") from None
+    except Exception as error:  # onnxruntime's exceptions have no common base of their own
+        raise _unreadable(path, error) from None
+
+
+def _valid(text: str) -> str:
+    """`text` as UTF-8 can hold it: surrogate pairs joined, lone ones (JSON can carry them) replaced."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 class OnnxTokenizer:
-    """tokenizer.onnx and detokenizer.onnx. Text that the custom op cannot read goes to the fallback."""
+    """tokenizer.onnx and detokenizer.onnx. Text that the custom op cannot read goes to the fallback, tokenizer.json."""
 
-    def __init__(self, encoder: Path, decoder: Path, fallback: Tokenizer) -> None:
-        self._encoder, self._decoder, self._fallback = _session(encoder), _session(decoder), fallback
-        self._outside = re.compile(self._encoder.get_modelmeta().custom_metadata_map["outside"])
+    def __init__(self, encoder: Path, decoder: Path, fallback: Path) -> None:
+        self._encoder, self._decoder = _session(encoder), _session(decoder)
+        self._path = fallback
+        self._fallback: JsonTokenizer | None = None
+        if not fallback.is_file():
+            raise BundleError(f"{fallback}: missing", hint="export the bundle again")
+        try:
+            self._outside = re.compile(self._encoder.get_modelmeta().custom_metadata_map["outside"])
+        except (KeyError, re.error) as error:
+            raise _unreadable(encoder, error) from None
 
     def encode(self, text: str) -> list[int]:
+        text = _valid(text)
         if self._outside.search(text):
+            # Opened when first needed, which is rarely: it takes longer to read than both graphs.
+            self._fallback = self._fallback or JsonTokenizer(self._path)
             return self._fallback.encode(text)
         ids: list[int] = self._encoder.run(None, {"text": np.array([text], dtype=object)})[0].tolist()
         return ids
@@ -92,10 +115,10 @@ class JsonTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise BundleError(f"{path}: {error}", hint="export the bundle again") from None
+            raise _unreadable(path, error) from None
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._tokenizer.encode(_valid(text), add_special_tokens=False).ids
         return ids
 
     def detokenizer(self) -> Detokenizer:
@@ -103,17 +126,27 @@ class JsonTokenizer:
 
 
 class _JsonStream:
+    """The library's DecodeStream raises on byte tokens that make no character, and cannot be finished: so not that one.
+
+    A token's text may depend on the tokens before it (blanks, bytes), so the last ids shown are decoded along.
+    """
+
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=False)
-        self._held: list[int] = []  # ids since text was last certain
+        self._shown: list[int] = []  # ids of the last text given out, which ends with a whole character
+        self._held: list[int] = []  # ids since
 
     def push(self, token_id: int) -> str:
         self._held.append(token_id)
-        text = self._stream.step(self._tokenizer, token_id)
-        if text:
-            self._held.clear()
-        return text or ""
+        text = self._new_text()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self._shown, self._held = self._held, []
+        return text
 
     def finish(self) -> str:
-        return self._tokenizer.decode(self._held, skip_special_tokens=False) if self._held else ""
+        return self._new_text()
+
+    def _new_text(self) -> str:
+        whole: str = self._tokenizer.decode(self._shown + self._held, skip_special_tokens=False)
+        return whole[len(self._tokenizer.decode(self._shown, skip_special_tokens=False)) :]

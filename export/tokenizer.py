@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,9 +51,7 @@ class Sample:
     decoded: str
 
 
-class _NotExact(Exception):
-    """The ONNX graphs cannot stand in for this tokenizer."""
-
+class _NotExact(Exception):  # the ONNX graphs cannot stand in for this tokenizer
     def __init__(self, reason: str, mismatches: int = 0) -> None:
         super().__init__(reason)
         self.mismatches = mismatches
@@ -71,27 +70,24 @@ def export_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Tokeni
             hint="save the model with a tokenizer.json",
         )
     added = [token.content for _, token in sorted(backend.get_added_tokens_decoder().items())]
-    samples = _reference(tokenizer, hard_text(added))
+    samples = _reference(tokenizer, hard_text(added) + _token_texts(backend.get_vocab()))
     _write_json(backend, samples, folder / JSON)
     try:
-        spec = _byte_level_spec(backend)
-        samples += _reference(tokenizer, _token_texts(spec["model"]["vocab"]))
-        routed = _write_and_prove_onnx(spec, samples, folder)
+        routed = _write_and_prove_onnx(_byte_level_spec(backend), samples, folder)
     except _NotExact as error:
         for name in ONNX:
             (folder / name).unlink(missing_ok=True)
         return TokenizerReport("json", len(samples), error.mismatches, str(error), (JSON,))
-    reason = f"{routed} of {len(samples)} texts hold characters that the custom op cannot read: {JSON} encodes those"
+    reason = f"exact on {len(samples)} texts; {routed} of them hold what the custom op cannot read and go to {JSON}"
     return TokenizerReport("onnx", len(samples), 0, reason, (*ONNX, JSON))
 
 
 def _reference(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Sample]:
-    samples = []
-    for text in texts:
+    def sample(text: str) -> Sample:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        samples.append(Sample(text, ids, decoded))
-    return samples
+        return Sample(text, ids, tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    return [sample(text) for text in texts]
 
 
 def _write_json(backend: Tokenizer, samples: Sequence[Sample], path: Path) -> None:
@@ -107,10 +103,8 @@ def _write_json(backend: Tokenizer, samples: Sequence[Sample], path: Path) -> No
     plain.save(str(path))
     differ = _json_differences(Tokenizer.from_file(str(path)), samples)
     if differ:
-        raise ExportError(
-            f"{JSON}: {differ} of {len(samples)} hard texts differ from the source's tokenizer, wanted 0",
-            hint="the source's tokenizer does more than its tokenizer.json says; this project cannot export it",
-        )
+        message = f"{JSON}: {differ} of {len(samples)} texts differ from the source's tokenizer, wanted 0"
+        raise ExportError(message, hint="it does more than its tokenizer.json says; this project cannot export it")
 
 
 def _json_differences(tokenizer: Tokenizer, samples: Sequence[Sample]) -> int:
@@ -143,29 +137,30 @@ def _byte_level_spec(backend: Tokenizer) -> dict[str, Any]:
     added = {token["content"] for token in spec["added_tokens"]}
     if not model["merges"] or not all(set(token) <= BYTES.keys() for token in model["vocab"].keys() - added):
         raise _NotExact("not a byte-level BPE: its tokens are not made of bytes")
+    if not all(character in model["vocab"] for character, byte in BYTES.items() if 0x80 <= byte < 0xC0):
+        raise _NotExact("its vocabulary lacks bytes that most scripts need")
     return spec
 
 
 def _token_texts(vocab: dict[str, int]) -> list[str]:
     """Every token's whole characters as text: the op looks words up before it merges anything."""
-    return [bytes(BYTES.get(character, 0x3F) for character in token).decode(errors="ignore") for token in vocab]
+    byte_level = (token for token in vocab if set(token) <= BYTES.keys())
+    return [bytes(BYTES[character] for character in token).decode(errors="ignore") for token in byte_level]
 
 
 # --- what the custom op cannot read ---------------------------------------------------------------------------------
 
 
-def _outside(spec: dict[str, Any], folder: Path) -> str:
+def _outside(spec: dict[str, Any]) -> str:
     """A regular expression of the text that the custom op cannot read, for causes known beforehand.
 
     U+0000: it ends a string tensor. Characters of which the two engines know different classes. Characters with a byte
     that the vocabulary lacks: the reference leaves it out and merges across it, the op emits an id that does not exist.
-    And the op's own unknown token, where the tokenizer has no such special token. Raises _NotExact.
+    And the op's own unknown token, where the tokenizer has no such special token.
     """
     lacking = {byte for character, byte in BYTES.items() if character not in spec["model"]["vocab"]}
-    if not lacking.isdisjoint(range(0x80, 0xC0)):
-        raise _NotExact("its vocabulary lacks bytes that most scripts need")
     codes = (code for code in range(0x110000) if not 0xD800 <= code < 0xE000)
-    outside = {code for code in codes if not lacking.isdisjoint(chr(code).encode())} | _of_other_class(folder) | {0}
+    outside = {code for code in codes if not lacking.isdisjoint(chr(code).encode())} | _of_other_class() | {0}
     starts = sorted(code for code in outside if code - 1 not in outside)
     ends = sorted(code for code in outside if code + 1 not in outside)
     ranges = "".join(f"\\U{start:08x}-\\U{end:08x}" for start, end in zip(starts, ends, strict=True))
@@ -173,7 +168,8 @@ def _outside(spec: dict[str, Any], folder: Path) -> str:
     return f"[{ranges}]" if known else f"[{ranges}]|{re.escape(OP_UNKNOWN)}"
 
 
-def _of_other_class(folder: Path) -> set[int]:
+@cache
+def _of_other_class() -> frozenset[int]:
     """Code points that are letter, number, blank or symbol to the reference's engine, and another of these to the op.
 
     (The op follows Unicode 13 and takes U+0085 for a symbol.) Both engines get a vocabulary whose merges show between
@@ -183,9 +179,8 @@ def _of_other_class(folder: Path) -> set[int]:
     vocab = {token: place for place, token in enumerate(dict.fromkeys([*BYTES, *map("".join, merges)]))}
     reference = Tokenizer(models.BPE(vocab, merges))
     reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    path = folder / ONNX[0]  # overwritten or removed afterwards
-    onnx.save(_tokenizer_graph({"model": {"vocab": vocab, "merges": merges}, "added_tokens": []}, ""), path)
-    session = _session(path)
+    graph = _tokenizer_graph({"model": {"vocab": vocab, "merges": merges}, "added_tokens": []}, "")
+    session = _session(graph.SerializeToString())
 
     def differ(codes: Sequence[int]) -> bool:
         text = "".join(f"a{chr(code)}1{chr(code)}!" for code in codes)
@@ -193,7 +188,7 @@ def _of_other_class(folder: Path) -> set[int]:
 
     codes = [*range(1, 0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xF0000)]
     blocks = (codes[start : start + 64] for start in range(0, len(codes), 64))
-    return {code for block in blocks if differ(block) for code in block if differ([code])}
+    return frozenset(code for block in blocks if differ(block) for code in block if differ([code]))
 
 
 # --- the graphs ---------------------------------------------------------------------------------------------------
@@ -203,34 +198,31 @@ def _write_and_prove_onnx(spec: dict[str, Any], samples: Sequence[Sample], folde
     """Writes both graphs and runs them as written. Returns how many texts tokenizer.json has to encode."""
     paths = [folder / name for name in ONNX]
     try:
-        outside = _outside(spec, folder)
+        outside = _outside(spec)
         onnx.save(_tokenizer_graph(spec, outside), paths[0])
         onnx.save(_detokenizer_graph(spec), paths[1])
-        encoder, decoder = (_session(path) for path in paths)
+        encoder, decoder = (_session(str(path)) for path in paths)
         inside = [sample for sample in samples if not re.search(outside, sample.text)]
         wrong_ids = sum(_encode(encoder, sample.text) != sample.ids for sample in inside)
         ids = {token_id for sample in samples for token_id in sample.ids}
         piece = {token_id: decoder.run(None, {"id": np.array(token_id)})[0].tobytes() for token_id in ids}
-    except _NotExact:
-        raise
     except Exception as error:  # ONNX Runtime's own exceptions derive from no common class but this one
         raise _NotExact(f"ONNX Runtime does not run the graphs: {type(error).__name__}") from None
     decoded = (b"".join(piece[token_id] for token_id in sample.ids) for sample in samples)
-    wrong_text = sum(
-        text.decode(errors="replace") != sample.decoded for text, sample in zip(decoded, samples, strict=True)
-    )
+    pairs = zip(decoded, samples, strict=True)
+    wrong_text = sum(text.decode(errors="replace") != sample.decoded for text, sample in pairs)
     if wrong_ids or wrong_text:
         reason = f"ids differ on {wrong_ids} of {len(inside)} texts, decoded text on {wrong_text} of {len(samples)}"
         raise _NotExact(f"the ONNX graphs are not exact: {reason}", wrong_ids + wrong_text)
     return len(samples) - len(inside)
 
 
-def _session(path: Path) -> Any:
+def _session(path_or_model: str | bytes) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(path_or_model, options, providers=["CPUExecutionProvider"])
 
 
 def _encode(session: Any, text: str) -> list[int]:
@@ -238,20 +230,17 @@ def _encode(session: Any, text: str) -> list[int]:
     return ids
 
 
-def _closing_token(added: Sequence[str]) -> str | None:
-    """A special token that no other one can run into, to end each text with; None if there is none."""
-    fit = (token for token in added if len(token) > 1 and not any(token[0] in other[1:] for other in added))
-    return next(fit, None)
-
-
 def _tokenizer_graph(spec: dict[str, Any], outside: str) -> Any:
     """text [1] → ids int64 [n]; the metadata `outside` is the expression of `_outside`.
 
     The op of release 0.15 loses the end of a text such as "a<b": the beginning of a special token, then one more
-    character. So the graph ends every text with a whole special token and takes its id off again.
+    character. So the graph ends every text with a whole special token (one that no other runs into), and takes its id
+    off again.
     """
     model, added = spec["model"], spec["added_tokens"]
-    closing = _closing_token([token["content"] for token in added])
+    contents = [token["content"] for token in added]
+    fit = (token for token in contents if len(token) > 1 and not any(token[0] in other[1:] for other in contents))
+    closing = next(fit, None)
     nodes = [
         helper.make_node(
             "GPT2Tokenizer",
@@ -279,7 +268,7 @@ def _tokenizer_graph(spec: dict[str, Any], outside: str) -> Any:
 
 
 def _detokenizer_graph(spec: dict[str, Any]) -> Any:
-    """id int64 [] or [1] → piece uint8 [n], the token's bytes; none for ids past the table."""
+    """id int64 [] → piece uint8 [n], the token's bytes; none for ids past the table."""
     table = {token_id: bytes(BYTES.get(c, 0) for c in token) for token, token_id in spec["model"]["vocab"].items()}
     table |= {token["id"]: token["content"].encode() for token in spec["added_tokens"]}
     pieces = [table.get(token_id, b"") for token_id in range(max(table) + 2)]  # the last one stands for ids past it
@@ -298,13 +287,13 @@ def _detokenizer_graph(spec: dict[str, Any]) -> Any:
         helper.make_node("Gather", ["ends", "known"], ["end"]),
         helper.make_node("Slice", ["bytes", "start", "end"], ["piece"]),
     ]
-    token_id = helper.make_tensor_value_info("id", TensorProto.INT64, None)
+    token_id = helper.make_tensor_value_info("id", TensorProto.INT64, [])
     piece = helper.make_tensor_value_info("piece", TensorProto.UINT8, ["n"])
     tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
     return _model(helper.make_graph(nodes, "detokenizer", [token_id], [piece], tensors))
 
 
-def _model(graph: Any) -> Any:
-    # Opset 20 is the first with StringConcat; ONNX Runtime has it since 1.17.
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("ai.onnx.contrib", 1)]
+def _model(graph: Any) -> Any:  # opset 20 is the first with StringConcat; ONNX Runtime has it since 1.17
+    used = sorted({node.domain for node in graph.node})
+    opsets = [helper.make_opsetid(domain, 1 if domain else 20) for domain in used]
     return helper.make_model(graph, opset_imports=opsets, ir_version=9, producer_name="stip")

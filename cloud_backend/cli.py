@@ -10,17 +10,17 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from shared.command import run
+from shared.command import debug_option, run
 from shared.errors import UsageError
 
 
 def main() -> None:
     """Entry point of the `stip-cloud` command."""
     parser = argparse.ArgumentParser(prog="stip-cloud", description="The cloud: stock models on transformed weights.")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    common = [debug_option()]
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    serve = commands.add_parser("serve", help="serve one or more exported cloud folders")
+    serve = commands.add_parser("serve", help="serve one or more exported cloud folders", parents=common)
     serve.add_argument("folders", nargs="+", type=Path, metavar="OUT/cloud")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--port", type=int, default=8765, help="0 takes a free one (default: %(default)s)")
@@ -44,7 +44,7 @@ def main() -> None:
     serve.add_argument("--window", type=int, default=16 * 2**20, metavar="BYTES", help="bytes in flight of a session")
     serve.set_defaults(command=_serve)
 
-    token = commands.add_parser("token", help="make a bearer token: printed once, stored as a hash")
+    token = commands.add_parser("token", help="make a bearer token: printed once, stored as a hash", parents=common)
     token.add_argument("--token-file", type=Path, default=Path("tokens.txt"), metavar="F")
     token.add_argument("--name", default="device", help="whose token it is (default: %(default)s)")
     token.set_defaults(command=_token)

@@ -7,17 +7,17 @@ import json
 import os
 from pathlib import Path
 
-from shared.command import run
+from shared.command import debug_option, run
 from shared.errors import UsageError
 
 
 def main() -> None:
     """Entry point of the `stip-device` command."""
     parser = argparse.ArgumentParser(prog="stip-device", description="The device: a private assistant.")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    common = [debug_option()]
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    chat = commands.add_parser("chat", help="talk in the terminal, or answer once with -p")
+    chat = commands.add_parser("chat", help="talk in the terminal, or answer once with -p", parents=common)
     chat.add_argument("folder", type=Path, metavar="OUT/device")
     chat.add_argument("--url", required=True, help="of the cloud, for example ws://127.0.0.1:8765")
     chat.add_argument("-p", "--prompt", help="answer this once on stdout and leave")

@@ -37,9 +37,9 @@ class Tokenizer(Protocol):
 
 def open_tokenizer(folder: Path, kind: Literal["onnx", "json"]) -> Tokenizer:
     """The tokenizer of a bundle. Raises BundleError if a file is missing or unreadable."""
-    fallback = folder / "tokenizer.json"
+    fallback = JsonTokenizer(folder / "tokenizer.json")
     if kind == "json":
-        return JsonTokenizer(fallback)
+        return fallback
     return OnnxTokenizer(folder / "tokenizer.onnx", folder / "detokenizer.onnx", fallback)
 
 
@@ -71,12 +71,8 @@ def _valid(text: str) -> str:
 class OnnxTokenizer:
     """tokenizer.onnx and detokenizer.onnx. Text that the custom op cannot read goes to the fallback, tokenizer.json."""
 
-    def __init__(self, encoder: Path, decoder: Path, fallback: Path) -> None:
-        self._encoder, self._decoder = _session(encoder), _session(decoder)
-        self._path = fallback
-        self._fallback: JsonTokenizer | None = None
-        if not fallback.is_file():
-            raise BundleError(f"{fallback}: missing", hint="export the bundle again")
+    def __init__(self, encoder: Path, decoder: Path, fallback: Tokenizer) -> None:
+        self._encoder, self._decoder, self._fallback = _session(encoder), _session(decoder), fallback
         try:
             self._outside = re.compile(self._encoder.get_modelmeta().custom_metadata_map["outside"])
         except (KeyError, re.error) as error:
@@ -85,8 +81,6 @@ class OnnxTokenizer:
     def encode(self, text: str) -> list[int]:
         text = _valid(text)
         if self._outside.search(text):
-            # Opened when first needed, which is rarely: it takes longer to read than both graphs.
-            self._fallback = self._fallback or JsonTokenizer(self._path)
             return self._fallback.encode(text)
         ids: list[int] = self._encoder.run(None, {"text": np.array([text], dtype=object)})[0].tolist()
         return ids

@@ -8,17 +8,19 @@ from pathlib import Path
 
 import msgspec
 
-from shared.command import run
+from shared.command import debug_option, run
 from shared.manifest import DeviceManifest, check_files, read_manifest
 
 
 def main() -> None:
     """Entry point of the `stip-export` command."""
     parser = argparse.ArgumentParser(prog="stip-export", description="The model developer: transform a model.")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    common = [debug_option()]
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    model = commands.add_parser("model", help="write a transformed checkpoint for the cloud and a bundle for devices")
+    model = commands.add_parser(
+        "model", help="write a transformed checkpoint for the cloud and a bundle for devices", parents=common
+    )
     model.add_argument("model", metavar="MODEL", help="hub id, folder with safetensors, or .gguf file")
     model.add_argument("--out", required=True, type=Path, help="folder to make: OUT/cloud, OUT/device, OUT/export.json")
     model.add_argument("--scheme", choices=("permutation",), default="permutation")
@@ -28,7 +30,7 @@ def main() -> None:
     model.add_argument("--json", action="store_true", help="print the report as JSON")
     model.set_defaults(command=_model)
 
-    inspect = commands.add_parser("inspect", help="what a device bundle is, secrets never shown")
+    inspect = commands.add_parser("inspect", help="what a device bundle is, secrets never shown", parents=common)
     inspect.add_argument("folder", type=Path, metavar="OUT/device")
     inspect.set_defaults(command=_inspect)
     run(parser)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+import string
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -115,9 +117,6 @@ def _json_differences(tokenizer: Tokenizer, samples: Sequence[Sample]) -> int:
     )
 
 
-# --- what a byte-level BPE is -----------------------------------------------------------------------------------
-
-
 def _byte_characters() -> dict[str, int]:
     """GPT-2's alphabet: printable bytes of Latin-1 stand for themselves, the others for U+0100 and up in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -142,13 +141,14 @@ def _byte_level_spec(backend: Tokenizer) -> dict[str, Any]:
     return spec
 
 
+def _takes_digits_alone(spec: dict[str, Any]) -> bool:
+    return '"individual_digits": true' in json.dumps(spec["pre_tokenizer"])
+
+
 def _token_texts(vocab: dict[str, int]) -> list[str]:
     """Every token's whole characters as text: the op looks words up before it merges anything."""
     byte_level = (token for token in vocab if set(token) <= BYTES.keys())
     return [bytes(BYTES[character] for character in token).decode(errors="ignore") for token in byte_level]
-
-
-# --- what the custom op cannot read ---------------------------------------------------------------------------------
 
 
 def _outside(spec: dict[str, Any]) -> str:
@@ -156,11 +156,14 @@ def _outside(spec: dict[str, Any]) -> str:
 
     U+0000: it ends a string tensor. Characters of which the two engines know different classes. Characters with a byte
     that the vocabulary lacks: the reference leaves it out and merges across it, the op emits an id that does not exist.
-    And the op's own unknown token, where the tokenizer has no such special token.
+    Numbers other than 0 to 9, where the reference takes each digit alone. And the op's own unknown token, where the
+    tokenizer has no such special token.
     """
     lacking = {byte for character, byte in BYTES.items() if character not in spec["model"]["vocab"]}
-    codes = (code for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+    codes = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     outside = {code for code in codes if not lacking.isdisjoint(chr(code).encode())} | _of_other_class() | {0}
+    if _takes_digits_alone(spec):
+        outside |= {code for code in codes if code > 0x7F and unicodedata.category(chr(code)).startswith("N")}
     starts = sorted(code for code in outside if code - 1 not in outside)
     ends = sorted(code for code in outside if code + 1 not in outside)
     ranges = "".join(f"\\U{start:08x}-\\U{end:08x}" for start, end in zip(starts, ends, strict=True))
@@ -179,8 +182,8 @@ def _of_other_class() -> frozenset[int]:
     vocab = {token: place for place, token in enumerate(dict.fromkeys([*BYTES, *map("".join, merges)]))}
     reference = Tokenizer(models.BPE(vocab, merges))
     reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    graph = _tokenizer_graph({"model": {"vocab": vocab, "merges": merges}, "added_tokens": []}, "")
-    session = _session(graph.SerializeToString())
+    spec = {"model": {"vocab": vocab, "merges": merges}, "added_tokens": [], "pre_tokenizer": None}
+    session = _session(_tokenizer_graph(spec, "").SerializeToString())
 
     def differ(codes: Sequence[int]) -> bool:
         text = "".join(f"a{chr(code)}1{chr(code)}!" for code in codes)
@@ -191,20 +194,17 @@ def _of_other_class() -> frozenset[int]:
     return frozenset(code for block in blocks if differ(block) for code in block if differ([code]))
 
 
-# --- the graphs ---------------------------------------------------------------------------------------------------
-
-
 def _write_and_prove_onnx(spec: dict[str, Any], samples: Sequence[Sample], folder: Path) -> int:
     """Writes both graphs and runs them as written. Returns how many texts tokenizer.json has to encode."""
     paths = [folder / name for name in ONNX]
+    outside = _outside(spec)
+    inside = [sample for sample in samples if not re.search(outside, sample.text)]
+    ids = {token_id for sample in samples for token_id in sample.ids}
+    onnx.save(_tokenizer_graph(spec, outside), paths[0])
+    onnx.save(_detokenizer_graph(spec), paths[1])
     try:
-        outside = _outside(spec)
-        onnx.save(_tokenizer_graph(spec, outside), paths[0])
-        onnx.save(_detokenizer_graph(spec), paths[1])
         encoder, decoder = (_session(str(path)) for path in paths)
-        inside = [sample for sample in samples if not re.search(outside, sample.text)]
         wrong_ids = sum(_encode(encoder, sample.text) != sample.ids for sample in inside)
-        ids = {token_id for sample in samples for token_id in sample.ids}
         piece = {token_id: decoder.run(None, {"id": np.array(token_id)})[0].tobytes() for token_id in ids}
     except Exception as error:  # ONNX Runtime's own exceptions derive from no common class but this one
         raise _NotExact(f"ONNX Runtime does not run the graphs: {type(error).__name__}") from None
@@ -238,6 +238,8 @@ def _tokenizer_graph(spec: dict[str, Any], outside: str) -> Any:
     off again.
     """
     model, added = spec["model"], spec["added_tokens"]
+    if _takes_digits_alone(spec):  # as the op does with added tokens
+        added = [*added, *({"content": digit, "id": model["vocab"].get(digit, 0)} for digit in string.digits)]
     contents = [token["content"] for token in added]
     fit = (token for token in contents if len(token) > 1 and not any(token[0] in other[1:] for other in contents))
     closing = next(fit, None)

@@ -10,10 +10,17 @@ from typing import NoReturn
 from shared.errors import StipError, UsageError
 
 
+def debug_option() -> argparse.ArgumentParser:
+    """The parent of every subcommand's parser: `--debug`."""
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument("--debug", action="store_true", help="show a traceback where something fails")
+    return parent
+
+
 def run(parser: argparse.ArgumentParser) -> NoReturn:
     """Parses the command line and calls its `command`. Exit status: 0 done, 1 failed, 2 usage, 130 interrupted.
 
-    `--debug` shows a traceback as well.
+    With `--debug` a failure shows its traceback instead.
     """
     arguments = parser.parse_args()
     try:

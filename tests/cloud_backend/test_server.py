@@ -865,6 +865,13 @@ def test_the_server_writes_nothing_to_stdout(ended: Ended) -> None:
     assert ended.stdout == ""
 
 
+def stalled(device: Device) -> bool:
+    """Whether the flood has stopped: answers fill every buffer, and requests the queue."""
+    sent = device.seq
+    time.sleep(0.7)
+    return sent > 300 and device.seq == sent
+
+
 def test_sigterm_ends_a_server_whose_device_does_not_read(tiny: Path) -> None:
     with run_cloud_process(tiny / "cloud") as (url, process):
         narrow = socket.socket()
@@ -873,7 +880,7 @@ def test_sigterm_ends_a_server_whose_device_does_not_read(tiny: Path) -> None:
         narrow.connect((parts.hostname, parts.port))
         deaf = Device(url, open_of(tiny), sock=narrow, max_queue=1)
         threading.Thread(target=flood, args=(deaf, 3000), daemon=True).start()
-        time.sleep(1)  # its answers fill every buffer, and its requests the queue
+        assert eventually(lambda: stalled(deaf))
         process.terminate()
         assert process.wait(9) == 0  # `docker stop` kills after 10 s
         dropped(deaf)

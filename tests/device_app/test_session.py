@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -411,12 +412,12 @@ def test_a_cloud_that_loses_its_place_again_and_again_is_given_up(session: Sessi
 # --- a cloud that lies ---
 
 
-def asked_cloud(session: Session, **options: int) -> tuple[HonestCloud, Append]:
+def asked_cloud(session: Session, **options: float) -> tuple[HonestCloud, Append]:
     """A session that waits for one answer, to the second Append it made."""
     cloud = HonestCloud()
     cloud.connect(session)
     ask(session, cloud, PROMPT)
-    session.ask([*PROMPT, 5], **{"top_k": 5} | options)
+    session.ask([*PROMPT, 5], **{"top_k": 5} | options)  # type: ignore[arg-type]
     cloud.take(session)
     return cloud, cloud.appends[-1]
 
@@ -453,9 +454,6 @@ LIES: dict[str, Callable[[Logits], Message]] = {
         honest, log_sum_exp=with_item(honest.log_sum_exp, (0, 1), np.inf)
     ),
     "a log-sum-exp below the values": lambda honest: tensors(honest, log_sum_exp=honest.log_sum_exp - 5),
-    "one below them at the temperature alone": lambda honest: tensors(
-        honest, log_sum_exp=with_item(honest.log_sum_exp, (0, 1), -30)
-    ),
     "a log-sum-exp above what is unseen": lambda honest: tensors(honest, log_sum_exp=honest.log_sum_exp + 9),
     "the largest log-sum-exp": lambda honest: tensors(
         honest, log_sum_exp=np.full_like(honest.log_sum_exp, np.finfo(np.float32).max)
@@ -503,6 +501,25 @@ def test_a_reply_that_cannot_be_true_is_refused(session: Session, lie: str) -> N
         session.receive(encode(LIES[lie](honest)))
     assert session.rows is None
     assert_says_nothing_of_the_prompt(str(raised.value))
+
+
+@pytest.mark.parametrize("lie", [-1e30, -30.0, 30.0, 1e30])
+def test_a_log_sum_exp_that_fits_at_temperature_1_alone_is_refused(session: Session, lie: float) -> None:
+    cloud, _ = asked_cloud(session, temperature=0.5)
+    honest = cloud.reply()
+    assert isinstance(honest, Logits)
+    with pytest.raises(DishonestError, match="log-sum-exp"):
+        session.receive(encode(tensors(honest, log_sum_exp=with_item(honest.log_sum_exp, (0, 1), lie))))
+
+
+@pytest.mark.parametrize("lie", [-1e30, -30.0, 30.0, 1e30])
+def test_at_temperature_1_no_unchecked_log_sum_exp_is_used(session: Session, lie: float) -> None:
+    cloud, _ = asked_cloud(session)
+    honest = cloud.reply()
+    assert isinstance(honest, Logits)
+    with suppress(DishonestError):
+        session.receive(encode(tensors(honest, log_sum_exp=with_item(honest.log_sum_exp, (0, 1), lie))))
+    assert session.rows is None or session.rows[0].log_sum_exp == honest.log_sum_exp[0, 0]
 
 
 @pytest.mark.parametrize("lie", ["NaN", "a log-sum-exp below the values", "a row too many", "ids"])

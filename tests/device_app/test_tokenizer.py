@@ -164,7 +164,7 @@ def test_a_missing_or_damaged_file_is_named(
 def test_the_onnx_kind_wants_its_fallback_and_its_metadata(folder: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.onnx", "detokenizer.onnx"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    with pytest.raises(BundleError, match=r"tokenizer\.json: missing"):
+    with pytest.raises(BundleError, match=r"tokenizer\.json"):
         open_tokenizer(tmp_path, "onnx")
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer.onnx").write_bytes((folder / "detokenizer.onnx").read_bytes())

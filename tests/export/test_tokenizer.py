@@ -26,8 +26,8 @@ LLAMA_3_WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SCRIPTS = """
-LATIN CYRILLIC GREEK ARABIC HEBREW SYRIAC DEVANAGARI BENGALI GUJARATI TAMIL TELUGU SINHALA THAI LAO TIBETAN KHMER MYANMAR
-CJK HIRAGANA KATAKANA HANGUL ETHIOPIC GEORGIAN ARMENIAN CHEROKEE MONGOLIAN MATHEMATICAL REGIONAL EMOJI COMBINING
+LATIN CYRILLIC GREEK ARABIC HEBREW SYRIAC DEVANAGARI BENGALI GUJARATI TAMIL TELUGU SINHALA THAI LAO TIBETAN KHMER
+MYANMAR CJK HIRAGANA KATAKANA HANGUL ETHIOPIC GEORGIAN ARMENIAN CHEROKEE MONGOLIAN MATHEMATICAL REGIONAL EMOJI COMBINING
 """
 SOME_TEXT = ["it's 2024: I'LL be there\n\n  at 10:30, won't you? x += 1\n"] * 4
 
@@ -195,6 +195,15 @@ def test_any_gpt_2_style_tokenizer_is_exported_as_onnx(tmp_path: Path) -> None:
 
 def test_a_tokenizer_without_special_tokens_is_exported_as_onnx(tmp_path: Path) -> None:
     assert export(byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), special=()), tmp_path).kind == "onnx"
+
+
+def test_digits_that_are_taken_one_by_one_are_exact_in_onnx(tmp_path: Path) -> None:
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer = byte_level(pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]))
+    assert export(tokenizer, tmp_path).kind == "onnx"
+    device = open_tokenizer(tmp_path, "onnx")
+    for text in ("  5", "at 10:30", "x²³", "१२ 2024's", "a1"):
+        assert device.encode(text) == tokenizer.encode(text).ids
 
 
 def test_other_word_boundaries_fall_back_to_json_and_say_so(tmp_path: Path) -> None:

@@ -67,10 +67,8 @@ def export_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Tokeni
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
-        raise ExportError(
-            f"tokenizer: seen {type(tokenizer).__name__}, wanted a fast one (of the library tokenizers)",
-            hint="save the model with a tokenizer.json",
-        )
+        message = f"tokenizer: seen {type(tokenizer).__name__}, wanted a fast one (of the library tokenizers)"
+        raise ExportError(message, hint="save the model with a tokenizer.json")
     added = [token.content for _, token in sorted(backend.get_added_tokens_decoder().items())]
     samples = _reference(tokenizer, hard_text(added) + _token_texts(backend.get_vocab()))
     _write_json(backend, samples, folder / JSON)
@@ -182,7 +180,7 @@ def _of_other_class() -> frozenset[int]:
     vocab = {token: place for place, token in enumerate(dict.fromkeys([*BYTES, *map("".join, merges)]))}
     reference = Tokenizer(models.BPE(vocab, merges))
     reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    spec = {"model": {"vocab": vocab, "merges": merges}, "added_tokens": [], "pre_tokenizer": None}
+    spec: dict[str, Any] = {"model": {"vocab": vocab, "merges": merges}, "added_tokens": [], "pre_tokenizer": None}
     session = _session(_tokenizer_graph(spec, "").SerializeToString())
 
     def differ(codes: Sequence[int]) -> bool:
@@ -208,9 +206,8 @@ def _write_and_prove_onnx(spec: dict[str, Any], samples: Sequence[Sample], folde
         piece = {token_id: decoder.run(None, {"id": np.array(token_id)})[0].tobytes() for token_id in ids}
     except Exception as error:  # ONNX Runtime's own exceptions derive from no common class but this one
         raise _NotExact(f"ONNX Runtime does not run the graphs: {type(error).__name__}") from None
-    decoded = (b"".join(piece[token_id] for token_id in sample.ids) for sample in samples)
-    pairs = zip(decoded, samples, strict=True)
-    wrong_text = sum(text.decode(errors="replace") != sample.decoded for text, sample in pairs)
+    joined = ((b"".join(piece[token_id] for token_id in sample.ids), sample.decoded) for sample in samples)
+    wrong_text = sum(pieces.decode(errors="replace") != decoded for pieces, decoded in joined)
     if wrong_ids or wrong_text:
         reason = f"ids differ on {wrong_ids} of {len(inside)} texts, decoded text on {wrong_text} of {len(samples)}"
         raise _NotExact(f"the ONNX graphs are not exact: {reason}", wrong_ids + wrong_text)

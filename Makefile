@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PROMPT ?=
 
-.PHONY: demo test lint bench bench-equivalence bench-export clean
+.PHONY: demo test test-all lint bench bench-equivalence bench-export clean
 
 # torch first and pinned: left to itself, pip may take a build with gigabytes of CUDA libraries.
 .venv/installed: pyproject.toml constraints.txt
@@ -19,6 +19,10 @@ demo: .venv/installed
 
 test: lint
 	$(BIN)/pytest
+
+# the slow ones too
+test-all: lint
+	$(BIN)/pytest -m ""
 
 lint: .venv/installed
 	$(BIN)/ruff check .

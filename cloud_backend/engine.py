@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from cloud_backend.kv_cache import KVCache
+from cloud_backend.kv_cache import KVCache, Last
 from shared.errors import BundleError
 from shared.manifest import CloudManifest, check_files, read_manifest
 from shared.wire import DTYPES, Array, FloatName
@@ -119,11 +119,15 @@ class TorchEngine:
 
     @torch.inference_mode()
     def _run_one(self, work: Work) -> Result:
-        work.cache.cut(work.keep)
+        # [n, hidden]
+        embeddings = _to_torch(work.embeddings).to(self._model.device, TORCH_DTYPES[self.dtype])
         try:
-            # [1, n, hidden]
-            embeddings = _to_torch(work.embeddings).to(self._model.device, TORCH_DTYPES[self.dtype])[None]
-            hidden = self.forward(work.cache, inputs_embeds=embeddings)[0, embeddings.shape[1] - work.rows :]
+            hidden = self._repeated(work, embeddings)
+            if hidden is None:
+                work.cache.cut(work.keep)
+                states = self.forward(work.cache, inputs_embeds=embeddings[None])[0]
+                work.cache.last = Last(embeddings[-1:].clone(), states[-1:].clone())
+                hidden = states[len(states) - work.rows :]
             sent_as = TORCH_DTYPES[work.dtype]
             if work.want == "hidden":
                 return HiddenRows(_to_numpy(hidden.to(sent_as)))
@@ -131,6 +135,16 @@ class TorchEngine:
         except BaseException:
             work.cache.cut(work.keep)
             raise
+
+    @staticmethod
+    def _repeated(work: Work, embeddings: torch.Tensor) -> torch.Tensor | None:
+        """The last position's hidden state where it alone is appended again, as a device does to see its full row.
+
+        No forward is needed then, and the full row is the very one that the top of was sent.
+        """
+        last = work.cache.last
+        again = last is not None and work.keep == work.cache.length - 1 and work.rows == len(embeddings) == 1
+        return last.hidden if again and last is not None and torch.equal(last.embedding, embeddings) else None
 
     def forward(self, cache: KVCache, **inputs: torch.Tensor) -> torch.Tensor:
         """The last hidden states [1, n, hidden] for `inputs_embeds`, or `input_ids` if the model can embed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,12 +58,21 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is un
         return -1
 
 
+@dataclass(frozen=True)
+class Last:
+    """The last position of a sequence: what went in and what came out, each [1, hidden_size]."""
+
+    embedding: torch.Tensor
+    hidden: torch.Tensor
+
+
 class KVCache:
     """The KV cache of one session: one sequence, cut back and appended to."""
 
     def __init__(self, layers: int) -> None:
         self._layers = [GrowingLayer() for _ in range(layers)]
         self.stock = Cache(layers=self._layers)  # what the stock model takes as past_key_values
+        self.last: Last | None = None
 
     @property
     def length(self) -> int:
@@ -71,5 +81,7 @@ class KVCache:
 
     def cut(self, keep: int) -> None:
         """Forgets every position from `keep` on."""
+        if keep < self.length:
+            self.last = None
         for layer in self._layers:
             layer.length = min(layer.length, keep)

@@ -174,6 +174,8 @@ class Connection:
             self._socket = self._closing.enter_context(socket)
         except InvalidStatus as error:
             status = error.response.status_code
+            if status >= 500:
+                raise  # a proxy whose server is not back yet, say
             raise RefusedError("handshake", f"cloud {self._address.url}: answered HTTP status {status}") from None
         except (InvalidURI, ssl.SSLCertVerificationError) as error:
             raise RefusedError("handshake", f"cloud {self._address.url}: {error}", hint="see --ca") from None
@@ -194,7 +196,7 @@ class Connection:
                 self._drop()
                 raise DishonestError("reply: seen a frame longer than any reply can be") from None
             code = error.rcvd.code if error.rcvd is not None else "none"
-            return f"the connection was closed (code {code})"
+            return f"the connection was closed ({self.session.farewell or f'code {code}'})"
         return str(getattr(error, "strerror", None) or error or type(error).__name__)
 
     def _drop(self) -> None:

@@ -89,6 +89,7 @@ class Session:
         self.outbox: deque[bytes] = deque()
         self.opened: Opened | None = None
         self.rows: list[Row] | None = None  # the answer to the question, once it is there
+        self.farewell: str | None = None  # why the cloud is about to close the connection
         self._key = key
         self._embed = embed
         self._served_name = served_name
@@ -113,6 +114,7 @@ class Session:
     def connected(self) -> None:
         """A fresh connection is there: opens the session on it."""
         self.lost()
+        self.farewell = None
         self.outbox.append(
             encode(Open(model=self._served_name, key_id=self._key.key_id, dtype="auto", token=self._token))
         )
@@ -251,7 +253,8 @@ class Session:
     def _error(self, message: Error) -> None:
         if message.seq is None:
             if message.code in OPEN_AGAIN:
-                return  # the connection closes; whoever runs it opens another
+                self.farewell = _quoted(message)  # the connection closes; whoever runs it opens another
+                return
             raise RefusedError(message.code, f"the cloud refused the session: {_quoted(message)}", hint=_hint(message))
         flight = self._land(message.seq)
         # It changed nothing, nor will those behind it; only an engine's failure leaves less than there was before.

@@ -28,7 +28,7 @@ def open_of(export: Path, **fields: Any) -> wire.Open:
 def dial(url: str, **options: Any) -> ClientConnection:
     """A connection with the subprotocol and nothing sent on it, as a context manager."""
     options = {"subprotocols": [Subprotocol(wire.SUBPROTOCOL)], "compression": None, "max_size": None} | options
-    return connect(url, open_timeout=PATIENCE, close_timeout=PATIENCE, proxy=None, **options)
+    return connect(url, open_timeout=PATIENCE, close_timeout=PATIENCE, ping_interval=None, proxy=None, **options)
 
 
 class Device:

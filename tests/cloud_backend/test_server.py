@@ -55,6 +55,17 @@ def eventually(holds: Callable[[], bool], seconds: float = PATIENCE) -> bool:
     return holds()
 
 
+def slow_down(running: RunningCloud, seconds: float) -> None:
+    """Makes every forward take so much longer."""
+    real = running.engine.run
+
+    def slowly(batch: Any) -> Any:
+        time.sleep(seconds)
+        return real(batch)
+
+    running.engine.run = slowly  # type: ignore[method-assign]
+
+
 def sessions(running: RunningCloud) -> int:
     return len(running.server._connections)
 
@@ -289,13 +300,7 @@ def test_a_session_that_waits_for_its_answer_is_not_idle(tiny: Path) -> None:
         run_cloud(tiny, limits=Limits(idle_seconds=0.2)) as running,
         Device(running.url, open_of(tiny)) as device,
     ):
-        real = running.engine.run
-
-        def slowly(batch: Any) -> Any:
-            time.sleep(0.7)
-            return real(batch)
-
-        running.engine.run = slowly  # type: ignore[method-assign]
+        slow_down(running, 0.7)
         assert device.rows(0, EMBEDDINGS[:1]).shape == (1, 320)
 
 
@@ -494,10 +499,12 @@ def test_a_dropped_connection_leaves_no_session(cloud: RunningCloud, tiny: Path)
 
 def test_a_connection_dropped_with_hundreds_of_requests_waiting_leaves_no_session(tiny: Path) -> None:
     with run_cloud(tiny) as running:
+        slow_down(running, 0.01)  # so that they pile up
         device = Device(running.url, open_of(tiny), max_queue=None)
-        flood(device, 400)
+        flood(device, 600)
+        assert eventually(lambda: any(connection._session.full for connection in running.server._connections))
         dropped(device)
-        assert eventually(lambda: sessions(running) == 0)
+        assert eventually(lambda: sessions(running) == 0, 5)
 
 
 def test_more_requests_than_are_held_at_once_are_all_answered_in_order(cloud: RunningCloud, tiny: Path) -> None:

@@ -123,6 +123,10 @@ class Assistant:
         """Stops the answer that is being made; the cloud drops what it has not started."""
         self._connection.cancel()
 
+    def interrupt(self) -> None:
+        """For signal handlers: the answer being made raises KeyboardInterrupt where no reply is lost."""
+        self._connection.interrupted = True
+
     def chat(
         self,
         messages: Sequence[Message],
@@ -138,7 +142,9 @@ class Assistant:
         """
         _check(max_tokens)
         return Answer(
-            lambda answer: self._run(answer, self._fit(messages, max_tokens, answer), sampling, max_tokens, stop)
+            lambda answer: self._run(
+                answer, lambda: self._fit(messages, max_tokens, answer), sampling, max_tokens, stop
+            )
         )
 
     def complete(
@@ -149,7 +155,7 @@ class Assistant:
         ids = self.bundle.manifest.prefix_ids + self.bundle.tokenizer.encode(prompt)
         if not ids:
             raise UsageError("prompt: seen nothing, wanted at least one token")
-        return Answer(lambda answer: self._run(answer, ids, sampling, max_tokens, stop))
+        return Answer(lambda answer: self._run(answer, lambda: ids, sampling, max_tokens, stop))
 
     def _fit(self, messages: Sequence[Message], max_tokens: int, answer: Answer) -> list[int]:
         """The prompt's ids, without the oldest turns if they leave no room for an answer."""
@@ -178,15 +184,22 @@ class Assistant:
             answer.stats.dropped_turns += 1
 
     def _run(
-        self, answer: Answer, prompt: list[int], sampling: Sampling, max_tokens: int, stop: Sequence[str]
+        self,
+        answer: Answer,
+        prompt_of: Callable[[], list[int]],
+        sampling: Sampling,
+        max_tokens: int,
+        stop: Sequence[str],
     ) -> Generator[str]:
         started = time.perf_counter()
+        self._connection.interrupted = False
         stats, counters = answer.stats, Counters()
         stats.counters = self._session.counters = counters
-        stats.prompt_tokens = len(prompt)
         manifest = self.bundle.manifest
         text = TextStream(self.bundle.tokenizer.detokenizer(), manifest.hidden_ids, stop)
         try:
+            prompt = prompt_of()
+            stats.prompt_tokens = len(prompt)
             for token in self._tokens(prompt, sampling, max_tokens):
                 answer.ids.append(token)
                 stats.tokens += 1
@@ -216,6 +229,12 @@ class Assistant:
     def _tokens(self, prompt: list[int], sampling: Sampling, max_tokens: int) -> Iterator[int]:
         """Token after token, until `max_tokens` or the end of the context."""
         opened = self._connection.open()
+        if len(prompt) > opened.context:
+            raise RefusedError(
+                "context_full",
+                f"prompt: it takes {len(prompt)} tokens, wanted at most {opened.context}",
+                hint="shorten it",
+            )
         counters = self._session.counters
         sampler = Sampler(sampling, self.bundle.manifest.vocab_size, prompt)
         temperature = sampling.temperature or 1.0

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+from collections.abc import Sequence
 
 from device_app.assistant import Answer, Assistant, Stats
 from device_app.sampler import Sampling
 from shared.errors import BundleError, CloudError
 
 
-def chat(assistant: Assistant, *, system: str | None, sampling: Sampling, max_tokens: int) -> None:
+def chat(
+    assistant: Assistant, *, system: str | None, sampling: Sampling, max_tokens: int, stop: Sequence[str] = ()
+) -> None:
     """Talks until Ctrl-D. An answer that fails is reported and taken back; the conversation goes on."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # gives input() editing and history
@@ -29,9 +33,9 @@ def chat(assistant: Assistant, *, system: str | None, sampling: Sampling, max_to
         if not question.strip():
             continue
         messages.append({"role": "user", "content": question})
-        answer = assistant.chat(messages, sampling=sampling, max_tokens=max_tokens)
+        answer = assistant.chat(messages, sampling=sampling, max_tokens=max_tokens, stop=stop)
         try:
-            stream(answer)
+            stream(assistant, answer)
         except (CloudError, BundleError) as error:
             messages.pop()
             note(f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""))
@@ -39,14 +43,23 @@ def chat(assistant: Assistant, *, system: str | None, sampling: Sampling, max_to
         messages.append({"role": "assistant", "content": answer.text})
 
 
-def stream(answer: Answer) -> None:
+def stream(assistant: Assistant, answer: Answer) -> None:
     """Prints an answer as it comes and what it took; Ctrl-C stops it."""
+
+    # The first Ctrl-C stops the answer where no reply is lost, a second one wherever it strikes.
+    def interrupt(*_: object) -> None:
+        assistant.interrupt()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         for piece in answer:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         answer.stop()
         note(" [stopped]")
+    finally:
+        signal.signal(signal.SIGINT, before)
     print(flush=True)
     if answer.stats.dropped_turns:
         note(f"(the context is full: the oldest {answer.stats.dropped_turns} turns were left out)")

@@ -70,7 +70,13 @@ def _chat(arguments: argparse.Namespace) -> None:
     )
     with assistant:
         if arguments.prompt is None:
-            chat(assistant, system=arguments.system, sampling=sampling, max_tokens=arguments.max_tokens)
+            chat(
+                assistant,
+                system=arguments.system,
+                sampling=sampling,
+                max_tokens=arguments.max_tokens,
+                stop=arguments.stop,
+            )
             return
         options = {"sampling": sampling, "max_tokens": arguments.max_tokens, "stop": arguments.stop}
         if bundle.template is None:
@@ -80,7 +86,7 @@ def _chat(arguments: argparse.Namespace) -> None:
             system = [{"role": "system", "content": arguments.system}] if arguments.system else []
             answer = assistant.chat([*system, {"role": "user", "content": arguments.prompt}], **options)
         if not arguments.json:
-            stream(answer)
+            stream(assistant, answer)
             return
         answer.finish()
         stats = answer.stats

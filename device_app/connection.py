@@ -21,6 +21,7 @@ from websockets.exceptions import (
 )
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
+from websockets.uri import parse_uri
 
 from device_app.sampler import Row
 from device_app.session import Session
@@ -28,6 +29,7 @@ from shared.errors import DishonestError, RefusedError, UnreachableError, UsageE
 from shared.wire import SUBPROTOCOL, Opened
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts
+POLL_SECONDS = 0.1  # between looks at `interrupted`
 MESSAGE_TOO_BIG = 1009  # RFC 6455 §7.4.1
 
 
@@ -43,10 +45,12 @@ class Address:
     insecure: bool = False
 
     def __post_init__(self) -> None:
+        try:
+            parse_uri(self.url)
+        except (InvalidURI, ValueError):
+            raise UsageError(f"url: seen {self.url!r}, wanted ws://host:port or wss://host:port") from None
         parts = urlsplit(self.url)
-        if parts.scheme not in ("ws", "wss") or not parts.hostname:
-            raise UsageError(f"url: seen {self.url!r}, wanted ws://host:port or wss://host:port")
-        if parts.scheme == "ws" and not _is_loopback(parts.hostname) and not self.insecure:
+        if parts.scheme == "ws" and not _is_loopback(parts.hostname or "") and not self.insecure:
             raise UsageError(
                 f"url: seen {self.url!r}, which crosses a network unencrypted, wanted wss://",
                 hint="serve with --tls-cert and --tls-key, or accept it with --insecure",
@@ -54,7 +58,7 @@ class Address:
 
     def tls(self) -> ssl.SSLContext | None:
         """The TLS context for wss://."""
-        if not self.url.startswith("wss:"):
+        if urlsplit(self.url).scheme != "wss":
             return None
         try:
             return ssl.create_default_context(cafile=str(self.ca) if self.ca else None)
@@ -96,6 +100,7 @@ class Connection:
         self._socket: ClientConnection | None = None
         self._closing = ExitStack()  # what ends the socket
         self._was_open = False
+        self.interrupted = False  # set by a signal handler: ends the wait where no frame is half way
 
     def open(self) -> Opened:
         """Connects unless connected, and gives the session's limits. Raises UnreachableError, RefusedError."""
@@ -105,7 +110,11 @@ class Connection:
 
     def rows(self, ids: Sequence[int], *, rows: int = 1, top_k: int, temperature: float = 1.0) -> list[Row]:
         """The logits after each of the last `rows` of `ids`. Raises CloudError."""
-        self.session.ask(ids, rows=rows, top_k=top_k, temperature=temperature)
+        try:
+            self.session.ask(ids, rows=rows, top_k=top_k, temperature=temperature)
+        except KeyboardInterrupt:
+            self._drop()
+            raise
         self._until(lambda: self.session.rows is not None)
         assert self.session.rows is not None
         return self.session.rows
@@ -124,31 +133,36 @@ class Connection:
         self._drop()
 
     def _until(self, done: Callable[[], bool]) -> None:
-        lost_at: float | None = None
+        waited = 0.0  # for a connection, within this question: a cloud that always opens and closes is given up too
         pause = FIRST_PAUSE
         while not done():
+            if self.interrupted:
+                self.interrupted = False
+                raise KeyboardInterrupt
+            began = time.monotonic()
             try:
                 if self._socket is None:
                     self._connect()
                 assert self._socket is not None
                 self._send(self._socket)
-                frame = self._socket.recv()
+                try:
+                    frame = self._socket.recv(timeout=POLL_SECONDS)
+                except TimeoutError:
+                    continue
                 if isinstance(frame, str):
                     raise DishonestError("reply: seen text, wanted a binary frame")
                 self.session.counters.bytes_down += len(frame)
                 self._on_frame("down", frame)
                 self.session.receive(frame)
-                if self.session.opened is not None:
-                    self._was_open, lost_at, pause = True, None, FIRST_PAUSE
+                self._was_open = self._was_open or self.session.opened is not None
             except (ConnectionClosed, OSError, InvalidHandshake, InvalidMessage, TimeoutError) as error:
                 reason = self._reason(error)
+                lost = self.session.opened is not None
                 self._drop()
-                now = time.monotonic()
-                if lost_at is None:
-                    lost_at = now
-                    if self._was_open:
-                        self._on_lost()
-                if not self._was_open or now - lost_at + pause > self._retry_seconds:
+                waited += pause + (0.0 if lost else time.monotonic() - began)
+                if lost:
+                    self._on_lost()
+                if not self._was_open or waited > self._retry_seconds:
                     raise UnreachableError(
                         f"cloud {self._address.url}: {reason}", hint="is stip-cloud running there? see --url"
                     ) from None
@@ -156,6 +170,9 @@ class Connection:
                 pause = min(2 * pause, LONGEST_PAUSE)
             except (DishonestError, RefusedError):
                 self._drop()
+                raise
+            except KeyboardInterrupt:
+                self._drop()  # a frame may have been between session and socket: all is sent again
                 raise
 
     def _connect(self) -> None:
@@ -172,6 +189,8 @@ class Connection:
                 proxy=None if _is_loopback(urlsplit(self._address.url).hostname or "") else True,
             )
             self._socket = self._closing.enter_context(socket)
+        except AssertionError:  # of websockets, where a server speaks before it is spoken to (SSH, SMTP)
+            raise InvalidMessage("did not receive a valid HTTP response") from None
         except InvalidStatus as error:
             status = error.response.status_code
             if status >= 500:
@@ -179,6 +198,9 @@ class Connection:
             raise RefusedError("handshake", f"cloud {self._address.url}: answered HTTP status {status}") from None
         except (InvalidURI, ssl.SSLCertVerificationError) as error:
             raise RefusedError("handshake", f"cloud {self._address.url}: {error}", hint="see --ca") from None
+        if self._socket.protocol.uri != parse_uri(self._address.url):
+            # Elsewhere may be beyond loopback, in the clear; nothing but the handshake went there.
+            raise RefusedError("handshake", f"cloud {self._address.url}: it redirects elsewhere")
         if self._socket.subprotocol != SUBPROTOCOL:
             raise DishonestError(f"cloud {self._address.url}: it does not speak {SUBPROTOCOL}")
         self.session.connected()

@@ -22,8 +22,9 @@ from shared.errors import UsageError
 from shared.key import Index
 from shared.wire import Array
 
-# Log-sum-exp travels in float32 and is summed in float32 in the cloud: of the mass it is right to about 1e-5.
-MASS_ERROR = 5e-5
+# Log-sum-exp is computed and sent in float32. Of the mass it is right to about 1e-5, and to a few float32 steps of the
+# largest number in it (the steps of logits / temperature, and of the log-sum-exp, are shares of the mass).
+MASS_ERROR, STEPS = 1e-5, 2.0**-21
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        warm = self.temperature
         for name, value, right, wanted in (
-            ("temperature", self.temperature, 0 <= self.temperature <= 100, "0 to 100"),
+            # Below 0.01 the cloud's float32 may overflow, which would look like a lie.
+            ("temperature", warm, warm == 0 or 0.01 <= warm <= 100, "0, or 0.01 to 100"),
             ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1"),
@@ -134,11 +137,16 @@ class Sampler:
         most_unseen = math.exp(ceiling / temperature - top)  # mass of any one unseen token, at most
         low = high = float(cumulative[-1])
         if not row.full:
-            whole = math.exp(row.log_sum_exp - top)
-            unseen = whole - float(np.exp(values / temperature - top).sum())
-            less, more = (unseen_penalised * math.exp(floor / temperature - top), unseen_penalised * most_unseen)
-            low += max(0.0, unseen - MASS_ERROR * whole - (less if options.repetition_penalty > 1 else 0.0))
-            high += max(0.0, unseen + MASS_ERROR * whole) + (more if options.repetition_penalty < 1 else 0.0)
+            raw = values / temperature
+            if max(row.log_sum_exp, float(raw.max())) > top + 40:
+                high = math.inf  # penalties took nearly all the mass: what the unseen weigh is lost in its rounding
+            else:
+                whole = math.exp(row.log_sum_exp - top)
+                unseen = whole - float(np.exp(raw - top).sum())
+                error = whole * (MASS_ERROR + STEPS * max(abs(row.log_sum_exp), float(np.abs(raw).max())))
+                less, more = (unseen_penalised * math.exp(floor / temperature - top), unseen_penalised * most_unseen)
+                low += max(0.0, unseen - error - (less if options.repetition_penalty > 1 else 0.0))
+                high += max(0.0, unseen + error) + (more if options.repetition_penalty < 1 else 0.0)
 
         if options.top_k:
             if options.top_k <= settled:

@@ -295,6 +295,9 @@ class Session:
         full = question.top_k == 0
         wanted = (question.rows, vocab_size if full else min(question.top_k, vocab_size))
         values, ids = message.values.astype(np.float32), message.ids
+        assert self.opened is not None
+        if message.values.dtype != DTYPES[self.opened.dtype]:
+            raise DishonestError(f"logits: seen {message.values.dtype.name}, wanted {self.opened.dtype}")
         if values.shape != wanted or ids.shape != (wanted[0], 0 if full else wanted[1]):
             raise DishonestError(f"logits: seen shapes {values.shape} and {ids.shape}, wanted {wanted}")
         if not np.isfinite(values).all() or not np.isfinite(message.log_sum_exp).all():
@@ -313,7 +316,8 @@ class Session:
         _check_mass(values, message.log_sum_exp[:, 0], vocab_size)
         if question.temperature != 1:
             _check_mass(values / question.temperature, message.log_sum_exp[:, 1], vocab_size)
-        return [Row(values[row], plain[row], float(message.log_sum_exp[row, 1]), full) for row in range(question.rows)]
+        checked = message.log_sum_exp[:, int(question.temperature != 1)]
+        return [Row(values[row], plain[row], float(checked[row]), full) for row in range(question.rows)]
 
 
 def _check_mass(logits: Array, log_sum_exp: Array, vocab_size: int) -> None:

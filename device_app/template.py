@@ -24,6 +24,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self._special_tokens = dict(special_tokens)
+        self._source = source
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
@@ -35,9 +36,9 @@ class ChatTemplate:
             return self._template.render(
                 messages=[dict(message) for message in messages], add_generation_prompt=True, **self._special_tokens
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            # The text of a template error can quote the conversation; its kind cannot.
-            detail = str(error) if isinstance(error, jinja2.exceptions.TemplateRuntimeError) else type(error).__name__
+        except Exception as error:  # whatever a template does wrong, dividing by zero and endless recursion included
+            # The text of an error can quote the conversation, unless it stands in the template; its kind cannot.
+            detail = str(error) if str(error) and str(error) in self._source else type(error).__name__
             raise BundleError(
                 f"chat template: {detail}", hint="does this model take these roles in this order?"
             ) from None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import importlib.util
 import re
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import onnxruntime
-import onnxruntime_extensions
 import tokenizers
 
 from shared.errors import BundleError
@@ -48,11 +49,20 @@ def _unreadable(path: Path, error: Exception) -> BundleError:
     return BundleError(f"{path}: {message}", hint="export the bundle again")
 
 
+def _library() -> str:
+    """Path of the custom ops. Importing the package for it would import transformers and torch where they are."""
+    spec = importlib.util.find_spec("onnxruntime_extensions")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("onnxruntime_extensions is not installed", name="onnxruntime_extensions")
+    paths = [Path(spec.origin).with_name(f"_extensions_pydll{suffix}") for suffix in EXTENSION_SUFFIXES]
+    return str(next(path for path in paths if path.exists()))
+
+
 def _session(path: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
+    options.register_custom_ops_library(_library())
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base of their own

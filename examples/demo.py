@@ -87,7 +87,7 @@ def ask(assistant: Assistant, witness: Witness, messages: list[dict[str, str]], 
     messages.append({"role": "user", "content": question})
     print(f"\n  prompt  {question}\n  answer  ", end="", flush=True)
     answer = assistant.chat(messages, max_tokens=256)
-    stream(answer)
+    stream(assistant, answer)
     messages.append({"role": "assistant", "content": answer.text})
     witness.tell()
 

@@ -408,7 +408,7 @@ class Steady(threading.Thread):
     def step(self, keep: int, embeddings: np.ndarray) -> np.ndarray:
         row = self.device.rows(keep, embeddings)
         self.times.append(time.monotonic())
-        time.sleep(0.002)  # leaves the server to the others as well
+        time.sleep(0.01)  # leaves the server to the others as well
         return row
 
 

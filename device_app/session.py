@@ -12,6 +12,7 @@ full row and replaying after a lost connection are all this question.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -300,34 +301,38 @@ class Session:
             raise DishonestError(f"logits: seen {message.values.dtype.name}, wanted {self.opened.dtype}")
         if values.shape != wanted or ids.shape != (wanted[0], 0 if full else wanted[1]):
             raise DishonestError(f"logits: seen shapes {values.shape} and {ids.shape}, wanted {wanted}")
-        if not np.isfinite(values).all() or not np.isfinite(message.log_sum_exp).all():
-            raise DishonestError("logits: seen NaN or infinity, wanted finite values")
         if full:
+            if not np.isfinite(values).all():
+                raise DishonestError("logits: seen NaN or infinity, wanted finite values")
             values = self._key.reveal_rows(values)
             plain = np.broadcast_to(np.arange(vocab_size), values.shape)
         else:
-            if (values[:, 1:] > values[:, :-1]).any():
-                raise DishonestError("logits: seen rows that are not sorted")
-            if ids.max() >= vocab_size:
-                raise DishonestError(f"ids: seen {ids.max()}, wanted less than {vocab_size}")
+            # Between finite ends a sorted row is finite; comparisons with NaN are false.
+            if not (values[:, 1:] <= values[:, :-1]).all() or not np.isfinite(values[:, [0, -1]]).all():
+                raise DishonestError("logits: seen rows that are not sorted and finite")
             if any(len(set(row)) < len(row) for row in ids.tolist()):
                 raise DishonestError("ids: seen one twice in a row")
-            plain = self._key.reveal_ids(ids)
-        _check_mass(values, message.log_sum_exp[:, 0], vocab_size)
-        if question.temperature != 1:
-            _check_mass(values / question.temperature, message.log_sum_exp[:, 1], vocab_size)
-        checked = message.log_sum_exp[:, int(question.temperature != 1)]
-        return [Row(values[row], plain[row], float(checked[row]), full) for row in range(question.rows)]
+            try:
+                plain = self._key.reveal_ids(ids)
+            except IndexError:
+                raise DishonestError(f"ids: seen {ids.max()}, wanted less than {vocab_size}") from None
+        scaled = values if question.temperature == 1 else values / question.temperature
+        both = message.log_sum_exp.tolist()
+        if not all(math.isfinite(at_one) and math.isfinite(at_temperature) for at_one, at_temperature in both):
+            raise DishonestError("log-sum-exp: seen NaN or infinity, wanted finite values")
+        masses = [pair[question.temperature != 1] for pair in both]
+        for row, log_sum_exp in zip(scaled, masses, strict=True):
+            _check_mass(row, log_sum_exp, vocab_size)
+        return [Row(values[row], plain[row], masses[row], full) for row in range(question.rows)]
 
 
-def _check_mass(logits: Array, log_sum_exp: Array, vocab_size: int) -> None:
+def _check_mass(logits: Array, log_sum_exp: float, vocab_size: int) -> None:
     """A log-sum-exp below that of the values seen, or above what the unseen could add, is a lie."""
-    top = logits.max(-1)
-    seen = np.exp(logits - top[:, None]).sum(-1)
-    unseen = (vocab_size - logits.shape[1]) * np.exp(logits.min(-1) - top)
-    said = log_sum_exp - top
-    slack = 1e-3 + 1e-6 * np.abs(top)
-    if (said < np.log(seen) - slack).any() or (said > np.log(seen + unseen) + slack).any():
+    top, least = float(logits.max()), float(logits.min())
+    seen = float(np.exp(logits - top).sum())
+    unseen = (vocab_size - len(logits)) * math.exp(least - top)
+    slack = 1e-3 + 1e-6 * abs(top)
+    if not math.log(seen) - slack <= log_sum_exp - top <= math.log(seen + unseen) + slack:
         raise DishonestError("log-sum-exp: it does not fit the values beside it")
 
 

@@ -82,7 +82,12 @@ class OnnxTokenizer:
     """tokenizer.onnx and detokenizer.onnx. Text that the custom op cannot read goes to the fallback, tokenizer.json."""
 
     def __init__(self, encoder: Path, decoder: Path, fallback: Tokenizer) -> None:
-        self._encoder, self._decoder, self._fallback = _session(encoder), _session(decoder), fallback
+        self._encoder, self._fallback = _session(encoder), fallback
+        # Its table, once: to run the graph for every token takes twenty times as long as to cut bytes out of it.
+        try:
+            self._table = _Table(*_session(decoder).run(["table", "all_starts", "all_ends"], {"id": np.array(0)}))
+        except Exception as error:  # onnxruntime's exceptions have no common base of their own
+            raise _unreadable(decoder, error) from None
         try:
             self._outside = re.compile(self._encoder.get_modelmeta().custom_metadata_map["outside"])
         except (KeyError, re.error) as error:
@@ -96,17 +101,30 @@ class OnnxTokenizer:
         return ids
 
     def detokenizer(self) -> Detokenizer:
-        return _BytesStream(self._decoder)
+        return _BytesStream(self._table)
+
+
+class _Table:
+    """The bytes of every token."""
+
+    def __init__(self, table: Any, starts: Any, ends: Any) -> None:
+        self._bytes: bytes = table.tobytes()
+        self._starts, self._ends = starts, ends
+
+    def piece(self, token_id: int) -> bytes:
+        """Bytes of a token; none for ids past the table."""
+        if token_id >= len(self._starts):
+            return b""
+        return self._bytes[self._starts[token_id] : self._ends[token_id]]
 
 
 class _BytesStream:
-    def __init__(self, decoder: Any) -> None:
-        self._decoder = decoder
+    def __init__(self, table: _Table) -> None:
+        self._table = table
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        (piece,) = self._decoder.run(None, {"id": np.array(token_id)})
-        return self._utf8.decode(piece.tobytes())
+        return self._utf8.decode(self._table.piece(token_id))
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)

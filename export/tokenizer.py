@@ -203,7 +203,7 @@ def _write_and_prove_onnx(spec: dict[str, Any], samples: Sequence[Sample], folde
     try:
         encoder, decoder = (_session(str(path)) for path in paths)
         wrong_ids = sum(_encode(encoder, sample.text) != sample.ids for sample in inside)
-        piece = {token_id: decoder.run(None, {"id": np.array(token_id)})[0].tobytes() for token_id in ids}
+        piece = {token_id: decoder.run(["piece"], {"id": np.array(token_id)})[0].tobytes() for token_id in ids}
     except Exception as error:  # ONNX Runtime's own exceptions derive from no common class but this one
         raise _NotExact(f"ONNX Runtime does not run the graphs: {type(error).__name__}") from None
     joined = ((b"".join(piece[token_id] for token_id in sample.ids), sample.decoded) for sample in samples)
@@ -267,7 +267,11 @@ def _tokenizer_graph(spec: dict[str, Any], outside: str) -> Any:
 
 
 def _detokenizer_graph(spec: dict[str, Any]) -> Any:
-    """id int64 [] → piece uint8 [n], the token's bytes; none for ids past the table."""
+    """id int64 [] → piece uint8 [n], the token's bytes; none for ids past the table.
+
+    The table itself can be had as well, for whoever would rather not run a graph for every token: token i is
+    table[all_starts[i]:all_ends[i]].
+    """
     table = {token_id: bytes(BYTES.get(c, 0) for c in token) for token, token_id in spec["model"]["vocab"].items()}
     table |= {token["id"]: token["content"].encode() for token in spec["added_tokens"]}
     pieces = [table.get(token_id, b"") for token_id in range(max(table) + 2)]  # the last one stands for ids past it
@@ -285,11 +289,19 @@ def _detokenizer_graph(spec: dict[str, Any]) -> Any:
         helper.make_node("Gather", ["starts", "known"], ["start"]),
         helper.make_node("Gather", ["ends", "known"], ["end"]),
         helper.make_node("Slice", ["bytes", "start", "end"], ["piece"]),
+        helper.make_node("Identity", ["bytes"], ["table"]),
+        helper.make_node("Identity", ["starts"], ["all_starts"]),
+        helper.make_node("Identity", ["ends"], ["all_ends"]),
     ]
     token_id = helper.make_tensor_value_info("id", TensorProto.INT64, [])
-    piece = helper.make_tensor_value_info("piece", TensorProto.UINT8, ["n"])
+    outputs = [
+        helper.make_tensor_value_info("piece", TensorProto.UINT8, ["n"]),
+        helper.make_tensor_value_info("table", TensorProto.UINT8, ["bytes"]),
+        helper.make_tensor_value_info("all_starts", TensorProto.INT64, ["tokens"]),
+        helper.make_tensor_value_info("all_ends", TensorProto.INT64, ["tokens"]),
+    ]
     tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
-    return _model(helper.make_graph(nodes, "detokenizer", [token_id], [piece], tensors))
+    return _model(helper.make_graph(nodes, "detokenizer", [token_id], outputs, tensors))
 
 
 def _model(graph: Any) -> Any:  # opset 20 is the first with StringConcat; ONNX Runtime has it since 1.17

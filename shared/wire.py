@@ -8,6 +8,7 @@ of 16 bytes from the frame's start, zero-padded. Nothing is copied on decoding: 
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -326,6 +327,12 @@ def _description(description: Any) -> tuple[np.dtype[Any], list[int]]:
     return dtype, shape
 
 
+_reading = threading.local()  # .tensors: of the frame that this thread decodes; a decoder takes no context
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(
+    AnyMessage, dec_hook=lambda kind, description: _reading.tensors.take(kind, description)
+)
+
+
 def decode(frame: bytes | bytearray | memoryview) -> AnyMessage:
     """The message in a frame, its tensors as views of it. Raises WireError; allocates nothing a header claims."""
     view = memoryview(frame).toreadonly()
@@ -335,11 +342,9 @@ def decode(frame: bytes | bytearray | memoryview) -> AnyMessage:
     if header_length > MAX_HEADER or 4 + header_length > len(view):
         limit = min(MAX_HEADER, len(view) - 4)
         raise WireError("bad_frame", f"header length: seen {header_length}, wanted at most {limit}")
-    tensors = _Tensors(view, 4 + header_length)
-    # One decoder a frame: its hook carries this frame's cursor, so decoding is safe from any thread.
-    decoder = msgspec.msgpack.Decoder(AnyMessage, dec_hook=tensors.take)
+    tensors = _reading.tensors = _Tensors(view, 4 + header_length)
     try:
-        message: AnyMessage = decoder.decode(view[4 : 4 + header_length])
+        message = _decoder.decode(view[4 : 4 + header_length])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         # The text of a validation error names a field and a type; where it quotes a value, that is cut out, as it
         # may be a secret in the wrong field, 64 KiB, or a terminal's control characters.

@@ -301,38 +301,39 @@ class Session:
             raise DishonestError(f"logits: seen {message.values.dtype.name}, wanted {self.opened.dtype}")
         if values.shape != wanted or ids.shape != (wanted[0], 0 if full else wanted[1]):
             raise DishonestError(f"logits: seen shapes {values.shape} and {ids.shape}, wanted {wanted}")
-        if full:
-            if not np.isfinite(values).all():
-                raise DishonestError("logits: seen NaN or infinity, wanted finite values")
-            values = self._key.reveal_rows(values)
-            plain = np.broadcast_to(np.arange(vocab_size), values.shape)
-        else:
-            # Between finite ends a sorted row is finite; comparisons with NaN are false.
-            if not (values[:, 1:] <= values[:, :-1]).all() or not np.isfinite(values[:, [0, -1]]).all():
-                raise DishonestError("logits: seen rows that are not sorted and finite")
-            if any(len(set(row)) < len(row) for row in ids.tolist()):
-                raise DishonestError("ids: seen one twice in a row")
-            try:
-                plain = self._key.reveal_ids(ids)
-            except IndexError:
-                raise DishonestError(f"ids: seen {ids.max()}, wanted less than {vocab_size}") from None
-        scaled = values if question.temperature == 1 else values / question.temperature
         both = message.log_sum_exp.tolist()
         if not all(math.isfinite(at_one) and math.isfinite(at_temperature) for at_one, at_temperature in both):
             raise DishonestError("log-sum-exp: seen NaN or infinity, wanted finite values")
         masses = [pair[question.temperature != 1] for pair in both]
-        for row, log_sum_exp in zip(scaled, masses, strict=True):
-            _check_mass(row, log_sum_exp, vocab_size)
+        if full:
+            ends = [(float(row.max()), float(row.min())) for row in values]
+        else:
+            # Comparisons with NaN are false, so what passes is sorted, and finite if its ends are.
+            if not (values[:, 1:] <= values[:, :-1]).all():
+                raise DishonestError("logits: seen rows that are not sorted")
+            if any(len(set(row)) < len(row) for row in ids.tolist()):
+                raise DishonestError("ids: seen one twice in a row")
+            ends = [(float(row[0]), float(row[-1])) for row in values]
+        for row, (top, least), mass in zip(values, ends, masses, strict=True):
+            _check_row(row, top, least, question.temperature, mass, vocab_size)
+        try:
+            plain = np.arange(vocab_size)[None].repeat(len(ids), 0) if full else self._key.reveal_ids(ids)
+        except IndexError:
+            raise DishonestError(f"ids: seen {ids.max()}, wanted less than {vocab_size}") from None
+        if full:
+            values = self._key.reveal_rows(values)
         return [Row(values[row], plain[row], masses[row], full) for row in range(question.rows)]
 
 
-def _check_mass(logits: Array, log_sum_exp: float, vocab_size: int) -> None:
-    """A log-sum-exp below that of the values seen, or above what the unseen could add, is a lie."""
-    top, least = float(logits.max()), float(logits.min())
-    seen = float(np.exp(logits - top).sum())
-    unseen = (vocab_size - len(logits)) * math.exp(least - top)
-    slack = 1e-3 + 1e-6 * abs(top)
-    if not math.log(seen) - slack <= log_sum_exp - top <= math.log(seen + unseen) + slack:
+def _check_row(values: Array, top: float, least: float, temperature: float, mass: float, vocab_size: int) -> None:
+    """A log-sum-exp (`mass`) below that of the values [k] beside it, or above what the unseen could add, is a lie."""
+    if not (math.isfinite(top) and math.isfinite(least)):
+        raise DishonestError("logits: seen NaN or infinity, wanted finite values")
+    seen = float(np.exp((values - np.float32(top)) / np.float32(temperature)).sum())
+    unseen = (vocab_size - len(values)) * math.exp((least - top) / temperature)
+    over = mass - top / temperature
+    slack = 1e-3 + 1e-6 * abs(top) / temperature
+    if not math.log(seen) - slack <= over <= math.log(seen + unseen) + slack:
         raise DishonestError("log-sum-exp: it does not fit the values beside it")
 
 

@@ -39,6 +39,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 FloatName = Literal["float32", "float16", "bfloat16"]
 FLOATS: tuple[FloatName, ...] = ("float32", "float16", "bfloat16")
+_FLOATS = tuple(DTYPES[name] for name in FLOATS)
+_IDS = (DTYPES["uint32"],)
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}  # numpy works a dtype's name out anew each time
 
 ErrorCode = Literal[
     "bad_frame",  # the frame breaks the framing or names no known message (the connection closes)
@@ -129,7 +132,7 @@ class Append(Message, frozen=True, kw_only=True, tag="append"):
         return self.tensors[0]
 
     def check(self) -> None:
-        _expect(self, self.embeddings, "embeddings", FLOATS, 2)
+        _expect(self.embeddings, "embeddings", _FLOATS, 2)
         if self.embeddings.shape[0] == 0:
             raise WireError("bad_request", "embeddings: seen 0 rows, wanted at least 1")
         if self.rows > self.embeddings.shape[0]:
@@ -163,9 +166,9 @@ class Logits(Message, frozen=True, kw_only=True, tag="logits"):
         return self.tensors[2]
 
     def check(self) -> None:
-        _expect(self, self.values, "values", FLOATS, 2)
-        _expect(self, self.ids, "ids", ("uint32",), 2)
-        _expect(self, self.log_sum_exp, "log_sum_exp", ("float32",), 2)
+        _expect(self.values, "values", _FLOATS, 2)
+        _expect(self.ids, "ids", _IDS, 2)
+        _expect(self.log_sum_exp, "log_sum_exp", _FLOATS[:1], 2)
         rows, k = self.values.shape
         if self.ids.shape not in ((rows, k), (rows, 0)):
             raise WireError("bad_frame", f"ids: seen shape {self.ids.shape}, wanted {(rows, k)} or {(rows, 0)}")
@@ -188,7 +191,7 @@ class Hidden(Message, frozen=True, kw_only=True, tag="hidden"):
         return self.tensors[0]
 
     def check(self) -> None:
-        _expect(self, self.hidden, "hidden", FLOATS, 2)
+        _expect(self.hidden, "hidden", _FLOATS, 2)
 
 
 class Encode(Message, frozen=True, kw_only=True, tag="encode"):
@@ -205,7 +208,7 @@ class Encode(Message, frozen=True, kw_only=True, tag="encode"):
         return self.tensors[0]
 
     def check(self) -> None:
-        _expect(self, self.embeddings, "embeddings", FLOATS, 2)
+        _expect(self.embeddings, "embeddings", _FLOATS, 2)
         seen, wanted = sum(self.lengths), self.embeddings.shape[0]
         if seen != wanted or not self.lengths or 0 in self.lengths:
             raise WireError("bad_request", f"lengths: seen a sum of {seen}, wanted {wanted}, at least one, none 0")
@@ -226,7 +229,7 @@ class Encoded(Message, frozen=True, kw_only=True, tag="encoded"):
         return self.tensors[0]
 
     def check(self) -> None:
-        _expect(self, self.result, "result", FLOATS, 2)
+        _expect(self.result, "result", _FLOATS, 2)
 
 
 class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
@@ -252,15 +255,16 @@ _TYPES: dict[str, type[Message]] = {
 }
 
 
-def _expect(message: Message, array: Array, name: str, dtypes: tuple[str, ...], dimensions: int) -> None:
-    if array.dtype.name not in dtypes:
-        raise WireError("bad_frame", f"{name}: seen dtype {array.dtype.name}, wanted {' or '.join(dtypes)}")
+def _expect(array: Array, name: str, dtypes: tuple[np.dtype[Any], ...], dimensions: int) -> None:
+    if array.dtype not in dtypes:
+        wanted = " or ".join(_NAMES[dtype] for dtype in dtypes)
+        raise WireError("bad_frame", f"{name}: seen dtype {array.dtype.name}, wanted {wanted}")
     if array.ndim != dimensions:
         raise WireError("bad_frame", f"{name}: seen {array.ndim} dimensions, wanted {dimensions}")
 
 
 def _describe(array: Any) -> Any:
-    return (array.dtype.name, array.shape)
+    return (_NAMES[array.dtype], array.shape)
 
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=_describe)
@@ -268,15 +272,15 @@ _encoder = msgspec.msgpack.Encoder(enc_hook=_describe)
 
 def encode(message: Message) -> bytes:
     """The frame of one message. Raises WireError for a dtype that is not the wire's and a header over its limit."""
+    for array in message.tensors:
+        if array.dtype not in _NAMES:
+            raise WireError("bad_frame", f"tensor: seen dtype {array.dtype}, wanted one of {', '.join(DTYPES)}")
     header = _encoder.encode(message)
     if len(header) > MAX_HEADER:
         raise WireError("too_large", f"header: seen {len(header)} bytes, wanted at most {MAX_HEADER}")
     parts = [struct.pack("<I", len(header)), header]
     length = 4 + len(header)
     for array in message.tensors:
-        wanted = DTYPES.get(array.dtype.name)
-        if wanted is None or wanted != array.dtype:  # None == np.dtype("float64") holds
-            raise WireError("bad_frame", f"tensor: seen dtype {array.dtype}, wanted one of {', '.join(DTYPES)}")
         padding = -length % ALIGNMENT
         raw = np.ascontiguousarray(array).tobytes()
         parts += (bytes(padding), raw)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http
-import ipaddress
 import logging
 import signal
 import ssl
@@ -21,19 +20,10 @@ from cloud_backend.scheduler import Scheduler
 from cloud_backend.session import Context, Limits, Session
 from cloud_backend.tokens import Tokens
 from shared.errors import UsageError
+from shared.loopback import is_loopback
 from shared.wire import SUBPROTOCOL
 
 log = logging.getLogger("stip.cloud")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` (a name or an address, no port) can only be this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 class CloudServer:

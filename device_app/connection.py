@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import ssl
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from websockets.uri import parse_uri
 from device_app.sampler import Row
 from device_app.session import Session
 from shared.errors import DishonestError, RefusedError, UnreachableError, UsageError
+from shared.loopback import is_loopback
 from shared.wire import SUBPROTOCOL, Opened
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts
@@ -50,7 +50,7 @@ class Address:
         except (InvalidURI, ValueError):
             raise UsageError(f"url: seen {self.url!r}, wanted ws://host:port or wss://host:port") from None
         parts = urlsplit(self.url)
-        if parts.scheme == "ws" and not _is_loopback(parts.hostname or "") and not self.insecure:
+        if parts.scheme == "ws" and not is_loopback(parts.hostname or "") and not self.insecure:
             raise UsageError(
                 f"url: seen {self.url!r}, which crosses a network unencrypted, wanted wss://",
                 hint="serve with --tls-cert and --tls-key, or accept it with --insecure",
@@ -64,15 +64,6 @@ class Address:
             return ssl.create_default_context(cafile=str(self.ca) if self.ca else None)
         except (OSError, ssl.SSLError) as error:
             raise UsageError(f"--ca {self.ca}: {error}", hint="give a PEM file") from None
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class Connection:
@@ -186,7 +177,7 @@ class Connection:
                 max_size=2**16 + 4 * self.session.vocab_size,
                 open_timeout=10,
                 close_timeout=2,
-                proxy=None if _is_loopback(urlsplit(self._address.url).hostname or "") else True,
+                proxy=None if is_loopback(urlsplit(self._address.url).hostname or "") else True,
             )
             self._socket = self._closing.enter_context(socket)
         except AssertionError:  # of websockets, where a server speaks before it is spoken to (SSH, SMTP)

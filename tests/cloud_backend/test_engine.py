@@ -87,8 +87,8 @@ def llama(seed: int = 0, **changes: Any) -> Any:
 
 # --- the same logits ---
 
-# Each piece: how many embeddings, and how many of those held are cut first.
-plans = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 12) | st.just(0)), min_size=1, max_size=8)
+# Each piece: how many embeddings, and how many of those held are cut first; or the last embedding again.
+plans = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 12) | st.just(0)) | st.none(), min_size=1, max_size=8)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,14 +98,17 @@ def test_any_pieces_and_cuts_give_the_logits_of_one_whole_forward(
     engines: Callable[[str], TorchEngine],
     stock: Callable[[str], Any],
     kind: str,
-    plan: list[tuple[int, int]],
+    plan: list[tuple[int, int] | None],
     seed: int,
 ) -> None:
     engine, random = engines(kind), np.random.default_rng(seed)
     cache, held = engine.new_cache(), np.empty((0, WIDTH), np.float32)
-    for size, cut in plan:
+    for step in plan:
+        size, cut = step or (1, 1)
         keep = max(0, len(held) - cut)
         piece = random.normal(size=(size, WIDTH)).astype(np.float32)
+        if step is None and len(held):
+            piece = held[-1:]
         held = np.concatenate([held[:keep], piece])
         if len(held) > CONTEXT:
             break
@@ -169,6 +172,65 @@ def test_hidden_rows_are_what_the_classifier_reads(
     with torch.inference_mode():
         logits = model.lm_head(torch.from_numpy(result.hidden)).numpy()
     np.testing.assert_allclose(logits, whole(model, SEQUENCE)[-4:], rtol=0, atol=TOLERANCE)
+
+
+# --- the full row after its top ---
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("before", [0, 1, 30])
+def test_the_last_embedding_again_gives_the_very_row_whose_top_was_sent(dtype: Any, before: int) -> None:
+    engine = TorchEngine(llama().to(getattr(torch, dtype)), dtype, CONTEXT)
+    embeddings, cache = SEQUENCE.astype(wire.DTYPES[dtype]), engine.new_cache()
+    if before:
+        run(engine, cache, 0, embeddings[:before], rows=0)
+    top = run(engine, cache, before, embeddings[before : before + 5], rows=1, top_k=8)
+    full = run(engine, cache, before + 4, embeddings[before + 4 : before + 5])
+    assert np.array_equal(np.take_along_axis(full.values, top.ids.astype(np.int64), -1), top.values)
+
+
+def forwards(model: Any) -> list[int]:
+    """A list that grows with every forward of the model."""
+    seen: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(lambda *_: seen.append(1))
+    return seen
+
+
+def test_the_last_embedding_again_takes_no_forward() -> None:
+    model = llama()
+    engine, seen = TorchEngine(model, "float32", CONTEXT), forwards(model)
+    cache = engine.new_cache()
+    run(engine, cache, 0, SEQUENCE[:5], rows=1)
+    run(engine, cache, 4, SEQUENCE[4:5])
+    assert (len(seen), cache.length) == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("keep", "piece"),
+    [(4, SEQUENCE[5:6]), (5, SEQUENCE[4:5]), (3, SEQUENCE[4:5]), (4, SEQUENCE[4:6]), (0, SEQUENCE[4:5])],
+    ids=["another", "appended", "one earlier", "with another", "alone"],
+)
+def test_anything_but_the_last_embedding_again_takes_a_forward(keep: int, piece: np.ndarray) -> None:
+    engine = TorchEngine(llama(), "float32", CONTEXT)
+    cache = engine.new_cache()
+    run(engine, cache, 0, SEQUENCE[:5], rows=1)
+    result = run(engine, cache, keep, piece)
+    expected = whole(llama(), np.concatenate([SEQUENCE[:keep], piece]))[keep:]
+    np.testing.assert_allclose(result.values, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_the_last_embedding_again_after_a_cut_takes_a_forward() -> None:
+    model = llama()
+    engine = TorchEngine(model, "float32", CONTEXT)
+    cache = engine.new_cache()
+    run(engine, cache, 0, SEQUENCE[:5], rows=1)
+    failure = failing(model)
+    with pytest.raises(RuntimeError):
+        run(engine, cache, 3, SEQUENCE[7:9])
+    failure.remove()
+    result = run(engine, cache, 2, SEQUENCE[4:5])
+    expected = whole(llama(), np.concatenate([SEQUENCE[:2], SEQUENCE[4:5]]))[2:]
+    np.testing.assert_allclose(result.values, expected, rtol=0, atol=TOLERANCE)
 
 
 # --- growth ---

@@ -163,6 +163,17 @@ def reshaped(message: wire.Message, dtype: Any, shape: Any) -> Maker:
     return headed(message, {"tensors": [[dtype, shape]]})
 
 
+def retyped(message: wire.Message, dtype: str, dimensions: int) -> Maker:
+    """The same bytes, as a tensor of another dtype or number of dimensions that fits them to the last byte."""
+
+    def make(seq: int) -> bytes:
+        header, body = parts(wire.encode(numbered(message, seq)))
+        count = len(body) // wire.DTYPES[dtype].itemsize
+        return joined(header | {"tensors": [[dtype, [1] * (dimensions - 1) + [count]]]}, body)
+
+    return make
+
+
 def misaligned(message: wire.Message, padding: bytes) -> Maker:
     def make(seq: int) -> bytes:
         header, body = parts(wire.encode(numbered(message, seq)))
@@ -194,6 +205,7 @@ ends_it = st.one_of(
     st.builds(wrong_length, any_valid, st.integers(0, 100) | u32),
     st.builds(headed, any_valid, st.dictionaries(names, odd_values, min_size=1, max_size=2)),
     st.builds(reshaped, with_tensor, dtypes, st.lists(sizes, max_size=5)),
+    st.builds(retyped, with_tensor, st.sampled_from(sorted(wire.DTYPES)), st.integers(1, 5)),
     st.builds(misaligned, with_tensor, st.binary(max_size=20)),
     st.builds(well_formed, st.sampled_from(UNEXPECTED)),
     st.builds(lambda garbage: lambda _: garbage, st.binary(max_size=80)),

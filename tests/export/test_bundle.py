@@ -115,7 +115,7 @@ def test_an_unknown_tensor_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_a_transformation_that_changes_the_function_is_caught(
     tiny_checkpoints: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The paper's printed SwiGLU rule leaves W₁ where it was (KNOWN: relative error of order 1).
+    # The paper's printed SwiGLU rule leaves W₁ where it was.
     from dataclasses import replace
 
     from export.families import LLAMA, Fixed

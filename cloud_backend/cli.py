@@ -7,6 +7,7 @@ import asyncio
 import logging
 import ssl
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def main() -> None:
     serve = commands.add_parser("serve", help="serve one or more exported cloud folders", parents=common)
     serve.add_argument("folders", nargs="+", type=Path, metavar="OUT/cloud")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    serve.add_argument("--port", type=int, default=8765, help="0 takes a free one (default: %(default)s)")
+    serve.add_argument("--port", type=_whole(0, 65535), default=8765, help="0 takes a free one (default: %(default)s)")
     serve.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     serve.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="to compute in"
@@ -35,13 +36,17 @@ def main() -> None:
     serve.add_argument(
         "--origin", action="append", default=[], metavar="URL", help="allow browser pages of this origin"
     )
-    serve.add_argument("--context", type=int, metavar="N", help="most positions of a session (default: the model's)")
-    serve.add_argument("--max-sessions", type=int, default=64, metavar="N")
     serve.add_argument(
-        "--idle-seconds", type=float, default=600.0, metavar="S", help="silence after which a session ends"
+        "--context", type=_whole(1), metavar="N", help="most positions of a session (default: the model's)"
     )
-    serve.add_argument("--max-frame", type=int, default=4 * 2**20, metavar="BYTES")
-    serve.add_argument("--window", type=int, default=16 * 2**20, metavar="BYTES", help="bytes in flight of a session")
+    serve.add_argument("--max-sessions", type=_whole(1), default=64, metavar="N")
+    serve.add_argument(
+        "--idle-seconds", type=_seconds, default=600.0, metavar="S", help="silence after which a session ends"
+    )
+    serve.add_argument("--max-frame", type=_whole(1024), default=4 * 2**20, metavar="BYTES")
+    serve.add_argument(
+        "--window", type=_whole(1024), default=16 * 2**20, metavar="BYTES", help="bytes in flight of a session"
+    )
     serve.set_defaults(command=_serve)
 
     token = commands.add_parser("token", help="make a bearer token: printed once, stored as a hash", parents=common)
@@ -49,6 +54,23 @@ def main() -> None:
     token.add_argument("--name", default="device", help="whose token it is (default: %(default)s)")
     token.set_defaults(command=_token)
     run(parser)
+
+
+def _whole(least: int, most: int = 2**32 - 1) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        if not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"seen {text}, wanted {least} to {most}")
+        return int(text)
+
+    return parse
+
+
+def _seconds(text: str) -> float:
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"seen {text}, wanted more than 0")
+    return float(text)
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -66,6 +88,11 @@ def _serve(arguments: argparse.Namespace) -> None:
     transformers_logging.set_verbosity_error()  # it would report the embedding as missing: it is, on purpose
     transformers_logging.disable_progress_bar()
     log = logging.getLogger("stip.cloud")
+    if arguments.window < arguments.max_frame:
+        raise UsageError(
+            f"window: seen {arguments.window}, wanted at least --max-frame, {arguments.max_frame}",
+            hint="a larger --window, or a smaller --max-frame",
+        )
     limits = Limits(
         max_frame=arguments.max_frame,
         window=arguments.window,
@@ -88,7 +115,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         manifest, engine = scheduler.call(load)
         name = (manifest.served_name, manifest.key_id)
         if name in contexts:
-            raise UsageError(f"{folder}: the same export was given twice")
+            raise UsageError(f"{folder}: the same export was given twice", hint="give each folder once")
         contexts[name] = Context(*name, engine)
         log.info("serving %s: %s, context %d", manifest.served_name, engine.dtype, engine.context)
         if manifest.warning:
@@ -101,7 +128,7 @@ def _tls(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
     if certificate is None and key is None:
         return None
     if certificate is None or key is None:
-        raise UsageError("TLS wants both --tls-cert and --tls-key")
+        raise UsageError("TLS wants both --tls-cert and --tls-key", hint="give the other one as well")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(certificate, key)

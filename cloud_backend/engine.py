@@ -98,6 +98,7 @@ class TorchEngine:
             dtype=TORCH_DTYPES[dtype],
             attn_implementation=attention,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below
             local_files_only=True,
         )
         missing, unknown = set(info["missing_keys"]) - set(manifest.absent), set(info["unexpected_keys"])
@@ -130,7 +131,7 @@ class TorchEngine:
                 hidden = states[len(states) - work.rows :]
             sent_as = TORCH_DTYPES[work.dtype]
             if work.want == "hidden":
-                return HiddenRows(_to_numpy(hidden.to(sent_as)))
+                return HiddenRows(_to_numpy(_finite(hidden.to(sent_as))))
             return self.logit_rows(self._classifier(hidden).to(sent_as), work.top_k, work.temperature)
         except BaseException:
             work.cache.cut(work.keep)
@@ -155,12 +156,10 @@ class TorchEngine:
     def logit_rows(logits: torch.Tensor, top_k: int, temperature: float) -> LogitRows:
         """What a reply says of logits [rows, vocab], in the dtype they are sent in: the top k by value, then id, or
         all of them; and log-sum-exp of the values as sent, so that a device can rely on it."""
-        wide = logits.float()
+        wide = _finite(logits).float()
         at_one = torch.logsumexp(wide, -1)
         at_temperature = at_one if temperature == 1.0 else torch.logsumexp(wide / temperature, -1)
         log_sum_exp = torch.stack([at_one, at_temperature], -1).cpu().numpy()
-        if not np.isfinite(log_sum_exp).all():
-            raise ArithmeticError("the model computed logits that are not finite")
         if top_k == 0:
             return LogitRows(_to_numpy(logits), np.empty((len(logits), 0), np.uint32), log_sum_exp)
         top = torch.topk(wide, min(top_k, logits.shape[-1]), sorted=False)
@@ -185,6 +184,12 @@ def open_context(
             "device cuda: torch finds no CUDA device", hint="--device cpu, or install a CUDA build of torch"
         )
     return manifest, TorchEngine.load(folder, chosen, device, context)
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(values).all():
+        raise ArithmeticError("the model computed values that are not finite")
+    return values
 
 
 def _to_torch(array: Array) -> torch.Tensor:

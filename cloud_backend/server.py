@@ -73,6 +73,7 @@ class CloudServer:
                 # Frames a little beyond the limit still get their Error; larger ones only close code 1009.
                 max_size=2 * self._limits.max_frame,
                 max_queue=4,
+                close_timeout=2,
                 server_header=None,
             )
         except OSError as error:
@@ -117,8 +118,11 @@ class CloudServer:
         if self._tokens is None:
             return True
         assert socket.request is not None
-        scheme, _, given = socket.request.headers.get("Authorization", "").partition(" ")
-        return self._tokens.accept(token) or (scheme.lower() == "bearer" and self._tokens.accept(given))
+        tokens = [token]
+        for header in socket.request.headers.get_all("Authorization"):
+            scheme, _, given = header.partition(" ")
+            tokens += [given] if scheme.lower() == "bearer" else []
+        return any(self._tokens.accept(given) for given in tokens)
 
     async def _tell_everyone(self) -> None:
         await asyncio.gather(*(connection.shut_down() for connection in self._connections), return_exceptions=True)
@@ -134,6 +138,7 @@ class _Connection:
         self._limits = limits
         self._received = asyncio.Event()
         self._answered = asyncio.Event()
+        self._over = False  # nothing will be answered any more: the socket is gone
         self._sending = asyncio.Lock()  # keeps frames in order while a slow reader holds one up
 
     async def run(self) -> None:
@@ -150,7 +155,7 @@ class _Connection:
 
     async def _receive(self) -> None:
         session = self._session
-        while session.full:  # whoever sends faster than it is answered waits in its own socket
+        while session.full and not self._over:  # whoever sends faster than it is answered waits in its own socket
             self._answered.clear()
             await self._answered.wait()
         seconds = self._limits.idle_seconds if session.context else self._limits.open_seconds
@@ -183,6 +188,8 @@ class _Connection:
                     await self.flush()
                 self._answered.set()
                 await self.flush()
+        self._over = True
+        self._answered.set()  # a reader that waits for room would wait forever
 
     async def flush(self) -> None:
         """Sends what the session has to say, and closes if it wants to."""
@@ -195,8 +202,12 @@ class _Connection:
     async def shut_down(self) -> None:
         """Tells the device that the cloud stops; a device that does not read is not waited for."""
         self._session.fail("shutting_down", "the cloud stops")
-        with contextlib.suppress(ConnectionClosed, TimeoutError):
+        try:
             await asyncio.wait_for(self.flush(), 2)
+        except ConnectionClosed:
+            pass
+        except TimeoutError:
+            self._socket.transport.abort()  # close() would wait without end for room to write its own frame
 
 
 async def serve_until_stopped(

@@ -116,7 +116,7 @@ class Session:
         try:
             message = decode(frame)
         except WireError as error:
-            if error.seq is not None and self.context is not None:
+            if error.code != "bad_frame" and error.seq is not None and self.context is not None:
                 self._request(error.seq, len(frame), error)
                 self._flush_errors()
             else:  # no reply could be matched to it, so the connection ends

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import secrets
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def add_token(path: Path, name: str) -> str:
     except OSError as error:
         raise BundleError(f"token file {path}: {error.strerror}", hint="give a file you may write") from None
     with os.fdopen(descriptor, "a") as file:
-        file.write(f"{_hash(token)} {name}\n")
+        text = path.read_text()
+        file.write("\n" * (text != "" and not text.endswith("\n")) + f"{_hash(token)} {name}\n")
     return token
 
 
@@ -45,8 +47,11 @@ class Tokens:
             if not line.strip() or line.startswith("#"):
                 continue
             digest = line.split()[0]
-            if not digest.startswith(PREFIX) or len(digest) != len(PREFIX) + 64:
-                raise BundleError(f"token file {path}, line {number}: wanted 'sha256:<64 hex digits> name'")
+            if not re.fullmatch(PREFIX + "[0-9a-f]{64}", digest):
+                raise BundleError(
+                    f"token file {path}, line {number}: wanted 'sha256:<64 hex digits> name'",
+                    hint="remove the line; `stip-cloud token` writes right ones",
+                )
             self._hashes.append(digest)
         if not self._hashes:
             raise BundleError(f"token file {path}: no token in it", hint=f"stip-cloud token --token-file {path}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,8 @@ from device_app.connection import Address
 from examples.smollm2 import smollm2_gguf
 from shared.wire import Append, Array, Logits, decode
 
-BUILD = Path(__file__).resolve().parent.parent / "build" / "demo"
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "demo"
 EXAMPLE = "What is the capital of France?"
 
 
@@ -31,7 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompt", default="")
     prompt = parser.parse_args().prompt
-    if not BUILD.exists():
+    if stale():
+        shutil.rmtree(BUILD, ignore_errors=True)
         heading("1. The model developer exports SmolLM2-135M-Instruct")
         subprocess.run(
             [sys.executable, "-m", "export", "model", smollm2_gguf(), "--out", BUILD, "--name", "demo"], check=True
@@ -46,6 +49,13 @@ def main() -> None:
                 ask(assistant, witness, [], prompt or EXAMPLE)
             else:
                 converse(assistant, witness)
+
+
+def stale() -> bool:
+    """Whether there is no export yet, or one by other code than today's."""
+    record = BUILD / "export.json"
+    sources = [path for folder in ("export", "shared") for path in (ROOT / folder).glob("*.py")]
+    return not record.exists() or record.stat().st_mtime < max(path.stat().st_mtime for path in sources)
 
 
 @contextlib.contextmanager

@@ -193,7 +193,7 @@ def run_cloud(
             ready.set()
             await stop.wait()
 
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)  # pytest ends even if it does not
     thread.start()
     assert ready.wait(30)
     port, loop, stop = address

@@ -1,4 +1,4 @@
-"""At least 20,000 wrong frames against a real server, while another session decodes: issue 2, acceptance 9.
+"""At least 20,000 wrong frames against a real server, while another session decodes.
 
 What each frame must lead to is known beforehand: one reply with its seq, an Error that ends the connection, or nothing
 (a Cancel). So any frame that is swallowed, answered twice, answered out of order or that makes the server fail is seen.

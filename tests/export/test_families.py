@@ -77,7 +77,7 @@ def test_no_tensor_is_in_the_cloud_as_it_was(
             other for other, values in stored.items() if values.shape == tensor.shape and torch.equal(values, tensor)
         ]
         assert same == ([name] if name in unmoved else []), f"{name} is in the cloud unpermuted"
-    # Listed are the norms inside heads, which RoPE fixes, and biases of query and key heads where a draw of so few heads
+    # Listed are the norms inside heads, which RoPE fixes, and biases of query and key heads where a draw of few heads
     # kept their order: with 2 key heads every other time.
     assert {name for name in original.shapes if name.endswith(("q_norm.weight", "k_norm.weight"))} <= set(unmoved)
     assert all(name.endswith(("q_norm.weight", "k_norm.weight", "q_proj.bias", "k_proj.bias")) for name in unmoved)

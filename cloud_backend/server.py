@@ -160,7 +160,8 @@ class _Connection:
             await self._answered.wait()
         seconds = self._limits.idle_seconds if session.context else self._limits.open_seconds
         try:
-            frame = await asyncio.wait_for(self._socket.recv(), seconds)
+            async with asyncio.timeout(seconds):  # unlike wait_for, it makes no task for every frame
+                frame = await self._socket.recv()
         except TimeoutError:
             if not session.busy:
                 session.fail("idle", f"nothing was sent for {seconds:g} s")

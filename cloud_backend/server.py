@@ -73,7 +73,7 @@ class CloudServer:
                 # Frames a little beyond the limit still get their Error; larger ones only close code 1009.
                 max_size=2 * self._limits.max_frame,
                 max_queue=4,
-                close_timeout=10,  # cut off sooner, a busy device would lose the Error that came before the close
+                close_timeout=2,
                 server_header=None,
             )
         except OSError as error:

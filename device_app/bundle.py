@@ -50,7 +50,7 @@ class Bundle:
         manifest = read_manifest(folder, DeviceManifest)
         check_files(folder, manifest, contents=True)
         key = UserKey.load(folder / "key.safetensors")
-        seen = (key.key_id, key.residual.size, key.vocab.size)
+        seen = (key.key_id, key.hidden_size, key.vocab_size)
         wanted = (manifest.key_id, manifest.hidden_size, manifest.vocab_size)
         if seen != wanted:
             raise BundleError(

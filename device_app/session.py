@@ -108,7 +108,7 @@ class Session:
     @property
     def vocab_size(self) -> int:
         """Width of a full row."""
-        return self._key.vocab.size
+        return self._key.vocab_size
 
     # --- the connection ---
 
@@ -234,7 +234,7 @@ class Session:
 
     def _open(self, message: Opened) -> None:
         seen = (message.hidden_size, message.vocab_size)
-        wanted = (self._key.residual.size, self._key.vocab.size)
+        wanted = (self._key.hidden_size, self._key.vocab_size)
         if self.opened is not None or seen != wanted or message.kv_length != 0:
             raise DishonestError(f"Opened: seen widths {seen} and KV length {message.kv_length}, wanted {wanted} and 0")
         if message.max_frame < 1024 + 4 * message.hidden_size:
@@ -292,7 +292,7 @@ class Session:
         self._plan()
 
     def _revealed(self, message: Logits, question: _Question) -> list[Row]:
-        vocab_size = self._key.vocab.size
+        vocab_size = self._key.vocab_size
         full = question.top_k == 0
         wanted = (question.rows, vocab_size if full else min(question.top_k, vocab_size))
         values, ids = message.values.astype(np.float32), message.ids

@@ -1,6 +1,6 @@
-"""The user key: the two permutations a device needs (STIP §5.2), and its file.
+"""The user key: the two secrets a device needs (STIP §5.2), and its file.
 
-`residual` hides embeddings, `vocab` reveals logits. The model developer keeps all the others.
+`residual` hides embeddings and reveals hidden states, `vocab` reveals logits. The model developer keeps all the others.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from shared.errors import BundleError
 from shared.wire import Array
 
 Index = npt.NDArray[np.int64]
+Basis = npt.NDArray[np.float32]
 
 FORMAT = "stip-key-1"
 
@@ -33,50 +34,82 @@ def new_key_id() -> str:
 class UserKey:
     """Hides embeddings [n, hidden_size] and reveals permuted ids, rows and hidden states.
 
-    residual: [hidden_size], vocab: [vocab_size]; position j of the permuted space holds feature `residual[j]`
-    (token `vocab[j]`) of the plain one.
+    residual: a permutation [hidden_size], whose position j holds feature `residual[j]` of the plain space; or an
+        orthogonal matrix [hidden_size, hidden_size] in float32, whose column j is basis vector j.
+    vocab: a permutation [vocab_size], whose position j holds token `vocab[j]`; None where the classifier is on the
+        device, as no logits travel then.
+    Raises BundleError where they are neither.
     """
 
     key_id: str
-    residual: Index
-    vocab: Index
+    residual: Index | Basis
+    vocab: Index | None
 
     def __post_init__(self) -> None:
-        for name, index in (("residual", self.residual), ("vocab", self.vocab)):
-            if index.ndim != 1 or not np.array_equal(np.sort(index), np.arange(index.size)):
-                raise BundleError(f"key: {name} is not a permutation")
+        if self.rotates:
+            _check_basis(self.residual)
+        else:
+            _check_permutation("residual", self.residual)
+        if self.vocab is not None:
+            _check_permutation("vocab", self.vocab)
 
     def __repr__(self) -> str:
-        return f"UserKey(key_id={self.key_id!r})"  # never the permutations
+        return f"UserKey(key_id={self.key_id!r})"  # never the secrets
+
+    @property
+    def rotates(self) -> bool:
+        """Whether `residual` is a matrix."""
+        return self.residual.ndim == 2 and self.residual.dtype.kind == "f"
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of an embedding."""
+        return len(self.residual)
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of a full row of permuted logits; 0 where the classifier is on the device."""
+        return 0 if self.vocab is None else self.vocab.size
 
     def hide(self, embeddings: Array) -> Array:
-        """x → xπ for embeddings [n, hidden_size]. STIP §5.2, line 6 of algorithm 1."""
-        if embeddings.shape[-1] != self.residual.size:  # take() would cut wider ones and say nothing
-            raise BundleError(f"embeddings: seen width {embeddings.shape[-1]}, wanted the key's {self.residual.size}")
+        """x → xπ for embeddings [n, hidden_size]. STIP §5.2, line 6 of algorithm 1. A matrix gives float32."""
+        if embeddings.shape[-1] != self.hidden_size:  # take() would cut wider ones and say nothing
+            raise BundleError(f"embeddings: seen width {embeddings.shape[-1]}, wanted the key's {self.hidden_size}")
+        if self.rotates:
+            hidden: Array = embeddings.astype(np.float32, copy=False) @ self.residual
+            return hidden
         return embeddings.take(self.residual, axis=-1)
 
     def reveal_ids(self, permuted: Array) -> Index:
         """Plain token ids of permuted ids, any shape. Ids must be below vocab_size."""
-        return self.vocab[permuted]
+        return self._order()[permuted]
 
     def reveal_rows(self, permuted: Array) -> Array:
         """o' → o'π_cᵀ for full logit rows [rows, vocab_size]. STIP §5.2, line 8 of algorithm 1."""
         plain = np.empty_like(permuted)
-        plain[..., self.vocab] = permuted
+        plain[..., self._order()] = permuted
         return plain
 
     def reveal_hidden(self, permuted: Array) -> Array:
-        """y' → y'πᵀ for hidden states [rows, hidden_size]."""
+        """y' → y'πᵀ for hidden states [rows, hidden_size]. A matrix gives float32."""
+        if self.rotates:
+            revealed: Array = permuted.astype(np.float32, copy=False) @ self.residual.T
+            return revealed
         plain = np.empty_like(permuted)
         plain[..., self.residual] = permuted
         return plain
 
+    def _order(self) -> Index:
+        if self.vocab is None:
+            raise BundleError("key: it reveals no logits, as its export keeps the classifier on the device")
+        return self.vocab
+
     def save(self, path: Path) -> None:
         """Writes the key, created with mode 0600. Raises FileExistsError if `path` exists."""
-        data = save(
-            {"residual": self.residual.astype(np.int32), "vocab": self.vocab.astype(np.int32)},
-            metadata={"format": FORMAT, "key_id": self.key_id},
-        )
+        tensors = {"residual": self.residual.astype(np.float32 if self.rotates else np.int32)}
+        if self.vocab is not None:
+            tensors["vocab"] = self.vocab.astype(np.int32)
+        data = save(tensors, metadata={"format": FORMAT, "key_id": self.key_id})
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -100,10 +133,31 @@ class UserKey:
                     )
                 if not metadata.get("key_id"):
                     raise BundleError(f"key file {path}: no key_id", hint="export the bundle again with this version")
-                for name in ("residual", "vocab"):
-                    if (dtype := file.get_slice(name).get_dtype()) != "I32":
-                        raise BundleError(f"key file {path}: {name}: seen dtype {dtype}, wanted I32")
-                residual, vocab = (file.get_tensor(name).astype(np.int64) for name in ("residual", "vocab"))
+                names = [name for name in ("residual", "vocab") if name == "residual" or name in file.keys()]  # noqa: SIM118
+                for name in names:
+                    allowed = ("I32", "F32") if name == "residual" else ("I32",)
+                    if (dtype := file.get_slice(name).get_dtype()) not in allowed:
+                        raise BundleError(
+                            f"key file {path}: {name}: seen dtype {dtype}, wanted {' or '.join(allowed)}"
+                        )
+                read = {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise BundleError(f"key file {path}: {error}", hint="is this the device folder of an export?") from None
-        return cls(metadata["key_id"], residual, vocab)
+        residual, vocab = read["residual"], read.get("vocab")
+        return cls(
+            metadata["key_id"],
+            residual if residual.dtype == np.float32 else residual.astype(np.int64),
+            None if vocab is None else vocab.astype(np.int64),
+        )
+
+
+def _check_permutation(name: str, index: Index) -> None:
+    if index.ndim != 1 or not np.array_equal(np.sort(index), np.arange(index.size)):
+        raise BundleError(f"key: {name} is not a permutation")
+
+
+def _check_basis(basis: Basis) -> None:
+    """Tries the matrix on one vector: its length must survive there and back."""
+    probe = np.cos(np.arange(len(basis), dtype=np.float32))
+    if basis.shape != (len(probe),) * 2 or not np.allclose(basis.T @ (basis @ probe), probe, atol=1e-3):
+        raise BundleError("key: residual is not an orthogonal matrix")

@@ -21,8 +21,8 @@ from transformers import PretrainedConfig
 from export.check import Check, check_equivalence, sample_ids
 from export.embedding import export_embedding
 from export.families import Dropped, Family, family_of, normalized
-from export.permutation import Permutation
 from export.progress import bar
+from export.scheme import Scheme, SchemeName, draw
 from export.shards import TensorPlan, plan_shards, write_index, write_shard
 from export.source import Source, open_source
 from export.tokenizer import export_tokenizer
@@ -52,7 +52,7 @@ class Report:
     family: str
     scheme: str
     dtype: FloatName
-    log2_keys: float
+    log2_keys: float | None  # None where the secrets are not countable
     tokenizer: str
     tokenizer_proof: str
     check: Check
@@ -65,6 +65,7 @@ def export_model(
     model: str,
     out: Path,
     *,
+    scheme: SchemeName = "permutation",
     dtype: FloatName | Literal["auto"] = "auto",
     name: str | None = None,
     shard_bytes: int = 2 * 2**30,
@@ -83,14 +84,14 @@ def export_model(
     source = open_source(model)
     family = family_of(source.config)
     random_bytes = os.urandom if seed is None else random.Random(seed).randbytes
-    permutation = Permutation(family.spaces(source.config), random_bytes)
+    drawn = draw(scheme, family.spaces(source.config), random_bytes)
     stored = source.dtype if dtype == "auto" else DTYPES[dtype]
     dtype_name = next(known for known, kind in DTYPES.items() if kind is stored)
     key_id = new_key_id()
     common: dict[str, Any] = {
         "key_id": key_id,
         "served_name": name or f"model-{key_id[:8]}",
-        "scheme": permutation.name,
+        "scheme": drawn.name,
         "dtype": dtype_name,
         "warning": None if seed is None else SEEDED,
     }
@@ -98,9 +99,9 @@ def export_model(
         cloud, device = folder / "cloud", folder / "device"
         cloud.mkdir()
         device.mkdir(mode=0o700)
-        files, unmoved = _write_cloud(source, family, permutation, stored, cloud, key_id, shard_bytes)
+        files, unmoved = _write_cloud(source, family, drawn, stored, cloud, key_id, shard_bytes)
         write_manifest(CloudManifest(**common, files=files, absent=[family.embedding]), cloud)
-        permutation.user_key(key_id).save(device / "key.safetensors")
+        drawn.user_key(key_id).save(device / "key.safetensors")
         export_embedding(source.read(family.embedding).to(stored), device)
         tokenizer = source.tokenizer()
         text = export_tokenizer(tokenizer, device)
@@ -130,7 +131,7 @@ def export_model(
         report = Report(
             **{field: common[field] for field in ("served_name", "key_id", "scheme", "dtype", "warning")},
             family=family.name,
-            log2_keys=round(permutation.log2_keys, 1),
+            log2_keys=None if drawn.log2_keys is None else round(drawn.log2_keys, 1),
             tokenizer=text.kind,
             tokenizer_proof=text.reason,
             check=check,
@@ -164,7 +165,7 @@ def _appearing_whole(out: Path) -> Iterator[Path]:
 def _write_cloud(
     source: Source,
     family: Family,
-    permutation: Permutation,
+    scheme: Scheme,
     dtype: torch.dtype,
     folder: Path,
     key_id: str,
@@ -183,8 +184,8 @@ def _write_cloud(
 
     def transformed() -> Iterator[tuple[str, torch.Tensor]]:
         for plan in progress:
-            tensor = source.read(origin[plan.name]).to(dtype)
-            yield plan.name, permutation.act(plan.name, tensor, table[plan.name])
+            tensor = source.read(origin[plan.name])
+            yield plan.name, scheme.act(plan.name, tensor, table[plan.name], source.read).to(dtype)
 
     tensors = transformed()
     for file, planned in shards.items():
@@ -193,7 +194,7 @@ def _write_cloud(
     next(progress, None)  # lets the bar finish
     write_index(folder, shards)
     (folder / "config.json").write_text(json.dumps(_cloud_config(source.config, dtype), indent=2) + "\n")
-    unmoved = {name: reason for name, axes in table.items() if (reason := permutation.unmoved(axes))}
+    unmoved = {name: reason for name, axes in table.items() if (reason := scheme.unmoved(axes))}
     return _entries(folder), unmoved
 
 

@@ -7,46 +7,52 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 
-from export.families import Axis, Features, Fixed, Heads, Structure
-from shared.errors import FamilyError
+from export.families import Axis, Gated, Heads, Structure
+from export.scheme import RandomBytes, Read, SchemeName, Secret, act_on_axes, random_permutation, why_unmoved
 from shared.key import Index, UserKey
 
-RandomBytes = Callable[[int], bytes]
 
-SCHEME = "permutation"
+@dataclass(frozen=True, eq=False)
+class Order:
+    """A secret order: position j holds feature index[j]."""
 
+    index: Index
 
-def random_permutation(size: int, random_bytes: RandomBytes = os.urandom) -> Index:
-    """A uniformly random order of `size` things: sorts random 64-bit keys, and draws again should two be equal."""
-    while True:
-        keys = np.frombuffer(random_bytes(8 * size), np.uint64)
-        order = np.argsort(keys)
-        if np.all(np.diff(keys[order]) > 0):
-            return order.astype(np.int64)
+    @property
+    def size(self) -> int:
+        return self.index.size
+
+    def act(self, tensor: torch.Tensor, dimension: int) -> torch.Tensor:
+        return tensor.index_select(dimension, torch.from_numpy(self.index))
 
 
 class Permutation:
     """One secret permutation for each space of a model, and what it does to tensors."""
 
-    name = SCHEME
+    name: SchemeName = "permutation"
 
     def __init__(self, structures: Iterable[Structure], random_bytes: RandomBytes = os.urandom) -> None:
         self._random_bytes = random_bytes
-        self._index: dict[str, Index] = {}
-        self.log2_keys = 0.0  # log₂ of the number of keys the draws choose from
+        self._secrets: dict[str, Secret] = {}
+        self.log2_keys: float | None = 0.0
         for structure in structures:
-            if isinstance(structure, Features):
-                self._index[structure.name] = self._order(structure.size)
-            else:
+            if isinstance(structure, Heads):
                 self._draw_heads(structure)
+            elif isinstance(structure, Gated):
+                order = Order(self._order(structure.size))
+                self._secrets |= dict.fromkeys((structure.gate, structure.up, structure.product), order)
+            else:
+                self._secrets[structure.name] = Order(self._order(structure.size))
 
     def _order(self, size: int) -> Index:
-        self.log2_keys += math.lgamma(size + 1) / math.log(2)
+        self.log2_keys = (self.log2_keys or 0.0) + math.lgamma(size + 1) / math.log(2)
         return random_permutation(size, self._random_bytes)
 
     def _draw_heads(self, heads: Heads) -> None:
@@ -62,38 +68,22 @@ class Permutation:
                 head = source * group + member
                 query.append(head * heads.dim + inside)
                 attended.append(head * heads.dim + mixed)
-        self._index[heads.query] = np.concatenate(query)
-        self._index[heads.key] = np.concatenate(key)
-        self._index[heads.value] = np.concatenate(value)
-        self._index[heads.attended] = np.concatenate(attended)
+        self._secrets[heads.query] = Order(np.concatenate(query))
+        self._secrets[heads.key] = Order(np.concatenate(key))
+        self._secrets[heads.value] = Order(np.concatenate(value))
+        self._secrets[heads.attended] = Order(np.concatenate(attended))
 
-    def act(self, name: str, tensor: torch.Tensor, axes: tuple[Axis, ...]) -> torch.Tensor:
-        """`tensor` in the permuted spaces of its axes. Raises FamilyError where a shape does not fit its spaces."""
-        if tensor.ndim != len(axes):
-            raise FamilyError(f"tensor {name!r}: seen {tensor.ndim} axes, wanted {len(axes)}")
-        for dimension, axis in enumerate(axes):
-            if isinstance(axis, Fixed):
-                continue
-            index = self._index[axis]
-            if tensor.shape[dimension] != len(index):
-                raise FamilyError(
-                    f"tensor {name!r}: seen {tensor.shape[dimension]} on axis {dimension}, wanted {len(index)} ({axis})"
-                )
-            tensor = tensor.index_select(dimension, torch.from_numpy(index))
-        return tensor
+    def index(self, space: str) -> Index:
+        """The secret order of a space."""
+        secret = self._secrets[space]
+        assert isinstance(secret, Order)
+        return secret.index
+
+    def act(self, name: str, tensor: torch.Tensor, axes: tuple[Axis, ...], read: Read) -> torch.Tensor:
+        return act_on_axes(name, tensor, axes, self._secrets)
 
     def unmoved(self, axes: tuple[Axis, ...]) -> str | None:
-        """Why a tensor with these axes is stored as it was, or None if it is not."""
-        reasons = []
-        for axis in axes:
-            if isinstance(axis, Fixed):
-                reasons.append(axis.reason)
-            elif np.array_equal(self._index[axis], np.arange(len(self._index[axis]))):
-                reasons.append(f"{axis} moves by whole heads alone, and the draw left their order as it was")
-            else:
-                return None
-        return "; ".join(reasons)
+        return why_unmoved(axes, lambda space: bool((np.diff(self.index(space)) == 1).all()))
 
-    def user_key(self, key_id: str) -> UserKey:
-        """The two permutations a device needs; the others stay with the developer and are not stored at all."""
-        return UserKey(key_id, self._index["residual"], self._index["vocab"])
+    def user_key(self, key_id: str, *, head: Literal["cloud", "device"] = "cloud") -> UserKey:
+        return UserKey(key_id, self.index("residual"), self.index("vocab") if head == "cloud" else None)

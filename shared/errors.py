@@ -5,7 +5,8 @@
     ├── ExportError           the model developer's side
     │   ├── SourceError       the model cannot be read
     │   ├── FamilyError       no table covers this architecture or tensor
-    │   └── EquivalenceError  the transformed model does not compute what the original does
+    │   ├── EquivalenceError  the transformed model does not compute what the original does
+    │   └── AuditError        an audit cannot be made
     ├── BundleError           an exported folder is missing, damaged, edited or from another export
     ├── WireError             a frame breaks PROTOCOL.md; carries a protocol error code
     ├── RequestError          a well-formed request the cloud refuses; carries a protocol error code
@@ -47,6 +48,10 @@ class FamilyError(ExportError):
 
 class EquivalenceError(ExportError):
     """The transformed model does not compute what the original computes."""
+
+
+class AuditError(ExportError):
+    """An audit cannot be made: the export, the model or an option does not fit."""
 
 
 class BundleError(StipError):

@@ -20,7 +20,6 @@ from shared.errors import BundleError
 from shared.wire import Array
 
 Index = npt.NDArray[np.int64]
-Basis = npt.NDArray[np.float32]
 
 FORMAT = "stip-key-1"
 
@@ -42,7 +41,7 @@ class UserKey:
     """
 
     key_id: str
-    residual: Index | Basis
+    residual: Array
     vocab: Index | None
 
     def __post_init__(self) -> None:
@@ -137,9 +136,7 @@ class UserKey:
                 for name in names:
                     allowed = ("I32", "F32") if name == "residual" else ("I32",)
                     if (dtype := file.get_slice(name).get_dtype()) not in allowed:
-                        raise BundleError(
-                            f"key file {path}: {name}: seen dtype {dtype}, wanted {' or '.join(allowed)}"
-                        )
+                        raise BundleError(f"key file {path}: {name}: seen dtype {dtype}, wanted {' or '.join(allowed)}")
                 read = {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise BundleError(f"key file {path}: {error}", hint="is this the device folder of an export?") from None
@@ -151,12 +148,12 @@ class UserKey:
         )
 
 
-def _check_permutation(name: str, index: Index) -> None:
+def _check_permutation(name: str, index: Array) -> None:
     if index.ndim != 1 or not np.array_equal(np.sort(index), np.arange(index.size)):
         raise BundleError(f"key: {name} is not a permutation")
 
 
-def _check_basis(basis: Basis) -> None:
+def _check_basis(basis: Array) -> None:
     """Tries the matrix on one vector: its length must survive there and back."""
     probe = np.cos(np.arange(len(basis), dtype=np.float32))
     if basis.shape != (len(probe),) * 2 or not np.allclose(basis.T @ (basis @ probe), probe, atol=1e-3):

@@ -50,6 +50,7 @@ class DeviceManifest(Manifest, frozen=True, kw_only=True, tag_field="format", ta
     """`manifest.json` of the device folder."""
 
     family: str
+    head: Literal["cloud", "device"] = "cloud"  # where the classifier runs
     hidden_size: int
     vocab_size: int
     context: int

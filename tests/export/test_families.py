@@ -109,7 +109,7 @@ def test_a_name_fits_a_row_whole_or_not_at_all(name: str) -> None:
 
 
 def test_rows_fill_in_the_layer() -> None:
-    assert LLAMA.axes("model.layers.12.mlp.down_proj.weight") == ("residual", "ffn[12]")
+    assert LLAMA.axes("model.layers.12.mlp.down_proj.weight") == ("residual", "product[12]")
     (axis,) = LLAMA.axes("model.layers.3.self_attn.q_norm.weight")  # type: ignore[misc]
     assert isinstance(axis, Fixed)
     assert isinstance(LLAMA.axes("model.layers.3.self_attn.rotary_emb.inv_freq"), Dropped)

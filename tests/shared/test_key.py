@@ -180,10 +180,53 @@ def test_a_truncated_file_is_refused(tmp_path: Path, length: int) -> None:
         UserKey.load(path)
 
 
-@pytest.mark.parametrize("name", ["residual", "vocab"])
-def test_a_file_that_lacks_a_permutation_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(BundleError, match=name):
-        UserKey.load(write(tmp_path / "key.safetensors", **{name: None}))
+def test_a_file_that_lacks_the_residual_secret_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="residual"):
+        UserKey.load(write(tmp_path / "key.safetensors", residual=None))
+
+
+def test_a_key_without_a_vocabulary_hides_and_reveals_hidden_states_alone(tmp_path: Path) -> None:
+    UserKey("k", KEY.residual, None).save(tmp_path / "key.safetensors")
+    key = UserKey.load(tmp_path / "key.safetensors")
+    assert key.vocab is None and key.vocab_size == 0
+    assert np.array_equal(key.hide(np.arange(4.0)[None]), [[2.0, 0.0, 3.0, 1.0]])
+    for reveal in (key.reveal_ids, key.reveal_rows):
+        with pytest.raises(BundleError, match="it reveals no logits"):
+            reveal(np.zeros((1, 5), np.int64))
+
+
+def rotating(size: int) -> UserKey:
+    basis = np.linalg.qr(np.random.default_rng(size).normal(size=(size, size)))[0]
+    return UserKey("k", basis.astype(np.float32), np.arange(5))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_basis_reveals_what_it_hid(size: int, dtype: str) -> None:
+    import ml_dtypes
+
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    key, plain = rotating(size), np.random.default_rng(0).normal(size=(3, size)).astype(kind)
+    hidden = key.hide(plain)
+    assert hidden.dtype == np.float32 and hidden.shape == plain.shape
+    assert np.allclose(np.linalg.norm(hidden, axis=1), np.linalg.norm(plain.astype(np.float32), axis=1), rtol=1e-5)
+    assert np.allclose(key.reveal_hidden(hidden), plain.astype(np.float32), atol=1e-5)
+
+
+def test_a_basis_survives_its_file(tmp_path: Path) -> None:
+    rotating(16).save(tmp_path / "key.safetensors")
+    assert np.array_equal(UserKey.load(tmp_path / "key.safetensors").residual, rotating(16).residual)
+
+
+@pytest.mark.parametrize(
+    "basis",
+    [np.ones((4, 4)), 2 * np.eye(4), np.eye(4, 5), np.full((4, 4), np.nan), np.eye(4)[None]],
+    ids=["of rank one", "twice as long", "not square", "not numbers", "three dimensions"],
+)
+def test_a_matrix_that_is_not_orthogonal_is_refused(tmp_path: Path, basis: np.ndarray) -> None:
+    path = write(tmp_path / "key.safetensors", residual=basis.astype(np.float32))
+    with pytest.raises(BundleError, match="residual is not"):
+        UserKey.load(path)
 
 
 @pytest.mark.parametrize("name", ["residual", "vocab"])

@@ -1,0 +1,33 @@
+"""Real text that every Python carries: its own language reference. Nothing is fetched and nothing is shipped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from shared.key import Index
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Token ids: what an attacker may read, and what a victim sends. No passage is in both."""
+
+    public: Index  # [tokens]
+    secret: Index  # [tokens]
+    passages: tuple[str, ...]  # the secret text, piece by piece
+
+
+def read_text(tokenizer: Path) -> Text:
+    """The corpus as ids of the tokenizer.json at `tokenizer`. Every other topic is the victim's."""
+    reference = Tokenizer.from_file(str(tokenizer))
+    passages = [topics[name].strip() for name in sorted(topics)]
+
+    def ids(part: list[str]) -> Index:
+        encoded = reference.encode_batch(part, add_special_tokens=False)
+        return np.concatenate([np.asarray(one.ids, np.int64) for one in encoded])
+
+    return Text(ids(passages[::2]), ids(passages[1::2]), tuple(passages[1::2]))

@@ -45,13 +45,14 @@ class Weights:
 @dataclass(frozen=True, eq=False)
 class Target:
     """A victim. An attack may use `weights`, `scheme` and `head`, which the cloud holds, and what `vectors` gives,
-    which travels; `key` is the truth and scores it."""
+    which travels; `key` and `table` are the truth and score it."""
 
     scheme: str
     head: Literal["cloud", "device"]
     weights: Weights
     dtype: torch.dtype  # of what is stored and what travels
     key: UserKey
+    table: Array  # the victim's own embedding table [vocab, hidden], float32
 
     def vectors(self, embeddings: Array) -> Array:
         """What goes up for plain embeddings [n, hidden], in the values of the stored dtype, as float32."""
@@ -76,7 +77,7 @@ class Scene:
 
     def sent(self, ids: Index) -> Array:
         """The vectors that travel for token ids."""
-        return self.target.vectors(self.table[ids])
+        return self.target.vectors(self.target.table[ids])
 
 
 class Backwards(Permutation):
@@ -105,9 +106,10 @@ def open_scene(out: Path, model: str | None) -> Scene:
         weights=Weights(config, shards.shapes, lambda name: shards.read(name).float()),
         dtype=DTYPES[device.dtype],
         key=UserKey.load(out / "device" / "key.safetensors"),
+        table=_table(out / "device", device.vocab_size),
     )
     family = family_of(config)
-    table = _table(out / "device", device.vocab_size)
+    table = target.table
     base = None if model is None else public(open_source(model), family)
     if base is not None:
         table = base.read(family.embedding).numpy()
@@ -158,6 +160,7 @@ def unprotected(scene: Scene) -> Target:
         Weights(scene.target.weights.config, shapes, backwards),
         scene.target.dtype,
         scheme.user_key("unprotected"),
+        scene.table,
     )
 
 

@@ -1,0 +1,289 @@
+"""Attacks by who has the public base model: its weights, all of them, against the transformed ones."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from export.audit.attack import Attack, Outcome, needs_base
+from export.audit.look_up import TOKENS, norms, sorted_entries
+from export.audit.matching import nearest, nearest_number, procrustes, turn
+from export.audit.scene import Scene, Weights
+from export.families import After, Dropped, space_of
+from shared.wire import Array
+
+STRENGTHS = (0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5)  # of a perturbation, as a share of each tensor's own spread
+PAIRS = 4096  # rows that an alignment is refined on
+ROUNDS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Rows of one tensor that reads or writes the residual stream: public, and as the cloud has them. [rows, hidden]"""
+
+    tensor: str
+    public: Array
+    hidden: Array
+
+
+def reading_rows(scene: Scene, space: str) -> list[Pair]:
+    """The tensors [features of `space`, hidden], layer by layer, as functions of the normalised residual stream.
+
+    A scheme may fold a norm's gain into what reads it or leave it in the norm: with the gain folded on both sides the
+    comparison is the same. The cloud holds its own gains, so it can.
+    """
+    pairs = []
+    assert scene.base is not None
+    for name in scene.target.weights.shapes:
+        axes = scene.family.axes(name)
+        if isinstance(axes, Dropped) or len(axes) != 2 or name not in scene.base.shapes:
+            continue
+        rows, reads = axes
+        if isinstance(reads, After) and (space_of(rows) or "").split("[")[0] == space:
+            pairs.append(Pair(name, _folded(scene.base, name, reads), _folded(scene.target.weights, name, reads)))
+    return pairs
+
+
+def _folded(weights: Weights, name: str, axis: After) -> Array:
+    return (weights.read(name) * weights.read(axis.gain)).numpy()
+
+
+# --- alignments: from pairs of tensors to the map from the public basis to the cloud's ---
+
+
+def by_sorted_entries(pairs: list[Pair]) -> Array:
+    """Rows are the same up to the order of entries: match them by sorted entries, then columns by matched rows."""
+    public, hidden = [], []
+    for pair in pairs[:4]:
+        match = nearest(sorted_entries(pair.hidden), sorted_entries(pair.public))
+        public.append(pair.public[match])
+        hidden.append(pair.hidden)
+    return _permutation(np.concatenate(public), np.concatenate(hidden))
+
+
+def _permutation(public: Array, hidden: Array) -> Array:
+    """The permutation matrix Q that brings public·Q nearest to `hidden`."""
+    columns = nearest(hidden.T, public.T)
+    basis = np.zeros((len(columns),) * 2, np.float32)
+    basis[columns, np.arange(len(columns))] = 1
+    return basis
+
+
+def by_norms(pairs: list[Pair]) -> Array:
+    """Rows keep their norms: match them by these, solve one Procrustes problem over all, and refine."""
+    matched = [pair.public[nearest_number(norms(pair.hidden)[:, 0], norms(pair.public)[:, 0])] for pair in pairs]
+    start = procrustes(np.concatenate(matched), np.concatenate([pair.hidden for pair in pairs]))
+    return refine(pairs, start)
+
+
+def by_moments(pairs: list[Pair]) -> Array:
+    """No row is matched at first: second moments WᵀW turn with the basis, so their eigenvectors do, up to signs.
+
+    The signs follow from single layers' moments: in the common eigenbasis, entry (i, j) carries sign i times sign j,
+    and the leading eigenvector of all those products, scaled to unit row sums, has the signs (arXiv 0905.3174).
+    """
+    public = [_moments(pair.public) for pair in pairs]
+    hidden = [_moments(pair.hidden) for pair in pairs]
+    vectors, turned = (torch.linalg.eigh(torch.stack(moments).sum(0))[1] for moments in (public, hidden))
+    agreement = torch.zeros_like(vectors)
+    for one, other in zip(public, hidden, strict=True):
+        agreement += (vectors.T @ one @ vectors) * (turned.T @ other @ turned)
+    agreement.fill_diagonal_(0)
+    scale = agreement.abs().sum(1).rsqrt()
+    signs = torch.linalg.eigh(scale[:, None] * agreement * scale)[1][:, -1].sign()
+    return refine(pairs, ((vectors * signs) @ turned.T).float().numpy())
+
+
+def _moments(rows: Array) -> torch.Tensor:
+    wide = torch.from_numpy(rows).double()
+    return wide.T @ wide
+
+
+def refine(pairs: list[Pair], basis: Array) -> Array:
+    """Matches rows with the basis found so far, solves for a better one, and again."""
+    step = max(1, sum(len(pair.public) for pair in pairs) // PAIRS)
+    for _ in range(ROUNDS):
+        public, hidden = [], []
+        for pair in pairs:
+            asked = pair.hidden[::step]
+            public.append(pair.public[nearest(turn(asked, basis), pair.public)])
+            hidden.append(asked)
+        better = procrustes(np.concatenate(public), np.concatenate(hidden))
+        if np.abs(better - basis).max() < 1e-4:
+            return better
+        basis = better
+    return basis
+
+
+def misfit(pairs: list[Pair], basis: Array) -> float:
+    """How far rows are from the nearest public row, as a share of their length: what tells an attacker that it won."""
+    pair = pairs[0]
+    turned = turn(pair.hidden, basis)
+    gap = np.linalg.norm(turned - pair.public[nearest(turned, pair.public)], axis=1)
+    return float(np.median(gap / np.linalg.norm(turned, axis=1)))
+
+
+def match_features(hidden: Array, public: Array) -> tuple[Array, Array]:
+    """For each row of `hidden` the public row of most nearly the same direction, and the scale between the two.
+
+    Scaling and reordering rows leave directions alone: what Game of Arrows (USENIX Security 2025) matches weights by.
+    """
+    directions = public / np.linalg.norm(public, axis=1, keepdims=True)
+    asked = hidden / np.linalg.norm(hidden, axis=1, keepdims=True)
+    both = np.concatenate([directions, -directions])  # a scale may be negative
+    match = nearest(asked, both) % len(public)
+    return match, (hidden * public[match]).sum(1) / (public[match] ** 2).sum(1)
+
+
+# --- the attacks ---
+
+Align = Callable[[list[Pair]], Array]
+
+
+def _tokens(scene: Scene, basis: Array) -> float:
+    """Share of real text that the basis reads."""
+    ids = scene.text.secret[:TOKENS]
+    return float((nearest(turn(scene.sent(ids), basis), scene.table) == ids).mean())
+
+
+def _read_with(align: str) -> Callable[[Scene], Outcome]:
+    def run(scene: Scene) -> Outcome:
+        pairs = reading_rows(scene, "gate")
+        basis = ALIGNMENTS[align](pairs)
+        return Outcome(_tokens(scene, basis), {"misfit": misfit(pairs, basis)})
+
+    return run
+
+
+ALIGNMENTS: dict[str, Align] = {
+    "sorted entries": lambda pairs: by_sorted_entries(pairs),  # looked up when called: tests break them
+    "norms": lambda pairs: by_norms(pairs),
+    "moments": lambda pairs: by_moments(pairs),
+}
+
+
+def _arrows(scene: Scene) -> Outcome:
+    """Rebuilds the scaled and reordered rows of the feed-forward blocks in the public basis."""
+    gates, ups = reading_rows(scene, "gate"), reading_rows(scene, "up")
+    basis = by_norms(gates)
+    right = rebuilt = rows = 0
+    for gate, up in zip(gates, ups, strict=True):
+        turned = turn(up.hidden, basis)
+        match, scale = match_features(turned, up.public)
+        truth = nearest(turn(gate.hidden, basis), gate.public)  # gate rows are not scaled, and share the order
+        plain = turned / scale[:, None]
+        error = np.linalg.norm(plain - up.public[truth], axis=1) / np.linalg.norm(up.public[truth], axis=1)
+        right += int((match == truth).sum())
+        rebuilt += int((error < 0.02).sum())
+        rows += len(match)
+    return Outcome(rebuilt / rows, {"matched": right / rows})
+
+
+def spectrum(rows: Array) -> Array:
+    """Singular values, which orthogonal maps on either side leave alone."""
+    values: Array = torch.linalg.svdvals(torch.from_numpy(rows)).numpy()
+    return values
+
+
+def _fingerprint(scene: Scene) -> Outcome:
+    """Which layer of which public model is this? Told by singular values, with no map found at all."""
+    pairs = reading_rows(scene, "gate")
+    hidden, public = ([spectrum(getattr(pair, side)) for pair in pairs] for side in ("hidden", "public"))
+    found = nearest(np.stack(hidden), np.stack(public))
+    return Outcome(float((found == np.arange(len(pairs))).mean()), {"layers": len(pairs)})
+
+
+def fine_tuned(scene: Scene, strength: float) -> Scene:
+    """The attacker has a base that the victim was fine-tuned from: every matrix is off by noise of `strength`, as a
+    share of its own spread. (Which of the two was perturbed makes no difference to an attack.)"""
+    base = scene.base
+    assert base is not None
+
+    def read(name: str) -> torch.Tensor:
+        values = base.read(name)
+        if values.ndim < 2 or not strength:
+            return values
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        return values + strength * values.std() * torch.randn(values.shape, generator=generator)
+
+    return replace(scene, base=replace(base, read=read), table=read(scene.family.embedding).numpy())
+
+
+def _fine_tuned(scene: Scene) -> Outcome:
+    """The attacks above on ever more distant bases. The attacker keeps whichever alignment fits best."""
+    curves: dict[str, list[float]] = {name: [] for name in ALIGNMENTS}
+    best = []
+    for strength in STRENGTHS:
+        near = fine_tuned(scene, strength)
+        pairs = reading_rows(near, "gate")
+        fits = []
+        for name, align in ALIGNMENTS.items():
+            basis = align(pairs)
+            curves[name].append(_tokens(near, basis))
+            fits.append((misfit(pairs, basis), curves[name][-1]))
+        best.append(min(fits)[1])
+    figures = {"strengths": list(STRENGTHS), "recovered": best, "curves": curves}
+    return Outcome(best[STRENGTHS.index(0.1)], figures)
+
+
+_TOKENS_READ = f"{TOKENS} tokens of real text"
+ATTACKS = (
+    Attack(
+        name="base-sorted-entries",
+        title="Rows of weights by sorted entries",
+        knows="the public base model",
+        after=_TOKENS_READ,
+        source="STIP §5.3 calls columns matched by known values; here nothing but the weights is known",
+        run=_read_with("sorted entries"),
+        applies=needs_base,
+    ),
+    Attack(
+        name="base-norms",
+        title="Rows of weights by norm, then Procrustes",
+        knows="the public base model",
+        after=_TOKENS_READ,
+        source="orthogonal Procrustes (Schönemann 1966), refined like iterative closest points",
+        run=_read_with("norms"),
+        applies=needs_base,
+    ),
+    Attack(
+        name="base-moments",
+        title="Eigenvectors of second moments, no row matched",
+        knows="the public base model",
+        after=_TOKENS_READ,
+        source="spectral alignment with sign synchronisation",
+        run=_read_with("moments"),
+        applies=needs_base,
+    ),
+    Attack(
+        name="base-arrows",
+        title="Weights put back in public coordinates",
+        knows="the public base model",
+        after="rows of all feed-forward up projections, rebuilt within 2 %",
+        source="Game of Arrows (USENIX Security 2025)",
+        run=_arrows,
+        applies=needs_base,
+    ),
+    Attack(
+        name="base-singular-values",
+        title="Layers told by singular values",
+        knows="the public base model",
+        after="layers recognised",
+        source="singular values survive orthogonal maps on both sides",
+        run=_fingerprint,
+        applies=needs_base,
+    ),
+    Attack(
+        name="base-fine-tuned",
+        title="The same, the victim being a fine-tune",
+        knows="the public base of a fine-tuned model, 10 % off",
+        after=_TOKENS_READ,
+        source="the three alignments above on perturbed bases",
+        run=_fine_tuned,
+        applies=needs_base,
+    ),
+)

@@ -60,7 +60,7 @@ class Engine(Protocol):
     """Runs batches of appends. Every Work of a batch belongs to another sequence."""
 
     hidden_size: int
-    vocab_size: int
+    vocab_size: int  # 0 where the classifier is on devices: no Work then wants logits
     context: int  # most positions of a sequence
     dtype: FloatName  # what it computes in, and the dtype of results
     largest_batch: int
@@ -83,7 +83,7 @@ class TorchEngine:
         self._classifier = model.get_output_embeddings()
         self._layers = model.config.num_hidden_layers
         self.hidden_size: int = model.config.hidden_size
-        self.vocab_size: int = model.config.vocab_size
+        self.vocab_size: int = 0 if self._classifier is None else model.config.vocab_size
         self.context = context
         self.dtype = dtype
 
@@ -91,7 +91,8 @@ class TorchEngine:
     def load(
         cls, folder: Path, dtype: FloatName, device: str, context: int | None = None, attention: str = "sdpa"
     ) -> TorchEngine:
-        """Loads a stock checkpoint without its embedding. Raises BundleError if it is not whole."""
+        """Loads a stock checkpoint without its embedding, and without its classifier if the manifest says that it is
+        absent. Raises BundleError if it is not whole."""
         manifest = read_manifest(folder, CloudManifest)
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -109,6 +110,9 @@ class TorchEngine:
                 hint="export it again",
             )
         model.set_input_embeddings(None)  # devices embed; the random table that the stock class made is not needed
+        classifier = model.get_output_embeddings()
+        if any(f"{name}.weight" in manifest.absent for name, module in model.named_modules() if module is classifier):
+            model.set_output_embeddings(None)  # devices classify
         longest = model.config.max_position_embeddings
         return cls(model.eval().to(device), dtype, min(context or longest, longest))
 

@@ -213,6 +213,8 @@ class Session:
             raise RequestError(
                 "bad_request", f"embeddings: seen width {embeddings.shape[1]}, wanted {engine.hidden_size}"
             )
+        if message.want == "logits" and engine.vocab_size == 0:
+            raise RequestError("unsupported", "want: seen logits, wanted hidden: this model's classifier is on devices")
         full = message.want == "logits" and message.top_k == 0
         most = limits.max_full_rows if full else limits.max_rows
         if message.rows > most:

@@ -89,7 +89,9 @@ class Assistant:
     ) -> None:
         """Options are `Connection`'s. Nothing is sent before the first question."""
         self.bundle = bundle
-        self._session = Session(bundle.key, bundle.embed, served_name=bundle.manifest.served_name, token=token)
+        self._session = Session(
+            bundle.key, bundle.embed, bundle.classify, served_name=bundle.manifest.served_name, token=token
+        )
         self._connection = Connection(
             self._session, address, retry_seconds=retry_seconds, on_lost=on_lost, on_frame=on_frame
         )
@@ -239,15 +241,19 @@ class Assistant:
         sampler = Sampler(sampling, self.bundle.manifest.vocab_size, prompt)
         temperature = sampling.temperature or 1.0
         # A few more than the sampler keeps, so that ties at its edge are seen; all where the cloud gives no so many.
-        top_k = max(TOP_K, sampling.top_k + 16)
-        top_k = top_k if top_k <= opened.max_top_k else 0
+        # The cloud is not told where the classifier is on the device: every row is full then.
+        enough = max(TOP_K, sampling.top_k + 16)
+        top_k = enough if enough <= opened.max_top_k else 0
         ids = list(prompt)
         for _ in range(max_tokens):
             if len(ids) > opened.context:
                 return
             [row] = self._connection.rows(ids, top_k=top_k, temperature=temperature)
             with counters.timed("sample"):
-                token = sampler.choose(row, len(ids))
+                # Greedy sorts nothing; a draw sorts a full row only where its head leaves the token open.
+                token = sampler.choose(row.head(enough) if sampling.temperature else row, len(ids))
+                if token is None and row.full:
+                    token = sampler.choose(row, len(ids))
             if token is None:
                 counters.full_rows += 1
                 [row] = self._connection.rows(ids, top_k=0, temperature=temperature)

@@ -29,6 +29,7 @@ from shared.loopback import is_loopback
 from shared.wire import SUBPROTOCOL, Opened
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts
+MOST_HIDDEN = 16  # hidden states that a reply may hold
 POLL_SECONDS = 0.1  # between looks at `interrupted`
 MESSAGE_TOO_BIG = 1009  # RFC 6455 §7.4.1
 
@@ -173,8 +174,8 @@ class Connection:
                 ssl=self._tls,
                 subprotocols=[Subprotocol(SUBPROTOCOL)],
                 compression=None,
-                # The largest reply is one full row; anything longer is not a reply.
-                max_size=2**16 + 4 * self.session.vocab_size,
+                # The largest reply is one full row, or a few hidden states; anything longer is not a reply.
+                max_size=2**16 + 4 * max(self.session.vocab_size, MOST_HIDDEN * self.session.hidden_size),
                 open_timeout=10,
                 close_timeout=2,
                 proxy=None if is_loopback(urlsplit(self._address.url).hostname or "") else True,

@@ -18,13 +18,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from device_app.sampler import Row
 from shared.errors import DishonestError, RefusedError, WireError
 from shared.key import UserKey
-from shared.wire import DTYPES, Append, Array, Cancel, Error, Logits, Open, Opened, decode, encode
+from shared.wire import DTYPES, Append, Array, Cancel, Error, Hidden, Logits, Open, Opened, decode, encode
 
 MOST_REPLANS = 5  # times in a row that the cloud may lose track of one question
 OPEN_AGAIN = ("shutting_down", "idle", "too_many_sessions")  # the connection ends; a new one may help
@@ -81,11 +82,14 @@ class Session:
         self,
         key: UserKey,
         embed: Callable[[Sequence[int]], Array],
+        classify: Callable[[Array], Array] | None = None,
         *,
         served_name: str,
         token: str | None = None,
         counters: Counters | None = None,
     ) -> None:
+        """embed: ids → [n, hidden_size]. classify: plain hidden states → logits [rows, vocab_size], where the
+        classifier is on the device; the cloud is then asked for hidden states, and every row is full."""
         self.counters = counters or Counters()
         self.outbox: deque[bytes] = deque()
         self.opened: Opened | None = None
@@ -93,6 +97,7 @@ class Session:
         self.farewell: str | None = None  # why the cloud is about to close the connection
         self._key = key
         self._embed = embed
+        self._classify = classify
         self._served_name = served_name
         self._token = token
         self._question: _Question | None = None
@@ -107,8 +112,13 @@ class Session:
 
     @property
     def vocab_size(self) -> int:
-        """Width of a full row."""
+        """Width of a full row from the cloud; 0 where the classifier is on the device."""
         return self._key.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a hidden state."""
+        return self._key.hidden_size
 
     # --- the connection ---
 
@@ -200,8 +210,7 @@ class Session:
                     seq=self._seq,
                     keep=start,
                     rows=question.rows if last else 0,
-                    top_k=question.top_k,
-                    temperature=question.temperature,
+                    **self._wanted(question),
                     # Pipelined: if the piece before fails, this one must not succeed on what the cache held instead.
                     after=self._flights[-1].seq if self._flights else None,
                     tensors=(hidden,),
@@ -213,6 +222,12 @@ class Session:
         self.counters.vectors_up += end - start
         self.counters.round_trips += last
         self.outbox.append(frame)
+
+    def _wanted(self, question: _Question) -> dict[str, Any]:
+        """What an Append says of the results. How tokens are chosen concerns the device alone where it classifies."""
+        if self._classify is not None:
+            return {"want": "hidden"}
+        return {"want": "logits", "top_k": question.top_k, "temperature": question.temperature}
 
     # --- replies ---
 
@@ -227,10 +242,11 @@ class Session:
             self._open(message)
         elif isinstance(message, Error):
             self._error(message)
-        elif isinstance(message, Logits):
-            self._logits(message)
+        elif isinstance(message, Logits if self._classify is None else Hidden):
+            self._answer(message)
         else:
-            raise DishonestError(f"reply: seen {type(message).__name__}, wanted Logits")
+            wanted = "Logits" if self._classify is None else "Hidden"
+            raise DishonestError(f"reply: seen {type(message).__name__}, wanted {wanted}")
 
     def _open(self, message: Opened) -> None:
         seen = (message.hidden_size, message.vocab_size)
@@ -275,19 +291,22 @@ class Session:
                 raise DishonestError(f"the cloud lost its place {self._replans} times: {_quoted(message)}")
         self._plan()
 
-    def _logits(self, message: Logits) -> None:
+    def _answer(self, message: Logits | Hidden) -> None:
         flight = self._land(message.seq)
         self.counters.queue_us += message.queue_us
         self.counters.compute_us += message.compute_us
         if self._broken:
-            raise DishonestError("reply: seen Logits behind an Error, wanted out_of_step")
+            raise DishonestError(f"reply: seen {type(message).__name__} behind an Error, wanted out_of_step")
         if message.kv_length != flight.kv_length:
             raise DishonestError(f"KV length: seen {message.kv_length}, wanted {flight.kv_length}")
         if flight.last and flight.question is self._question:
-            with self.counters.timed("reveal"):
-                self.rows = self._revealed(message, flight.question)
-        elif not flight.last and message.values.shape[0]:
-            raise DishonestError(f"rows: seen {message.values.shape[0]}, wanted 0")
+            if isinstance(message, Hidden):
+                self.rows = self._classified(message, flight.question)
+            else:
+                with self.counters.timed("reveal"):
+                    self.rows = self._revealed(message, flight.question)
+        elif not flight.last and (rows := message.tensors[0].shape[0]):
+            raise DishonestError(f"rows: seen {rows}, wanted 0")
         self._pump()
         self._plan()
 
@@ -323,6 +342,33 @@ class Session:
         if full:
             values = self._key.reveal_rows(values)
         return [Row(values[row], plain[row], masses[row], full) for row in range(question.rows)]
+
+    def _classified(self, message: Hidden, question: _Question) -> list[Row]:
+        """Full rows, which the device computes from the hidden states."""
+        assert self._classify is not None and self.opened is not None
+        with self.counters.timed("reveal"):
+            wanted = (question.rows, self._key.hidden_size)
+            if message.hidden.dtype != DTYPES[self.opened.dtype]:
+                raise DishonestError(f"hidden: seen {message.hidden.dtype.name}, wanted {self.opened.dtype}")
+            if message.hidden.shape != wanted:
+                raise DishonestError(f"hidden: seen shape {message.hidden.shape}, wanted {wanted}")
+            hidden = message.hidden.astype(np.float32)
+            if not np.isfinite(hidden).all():
+                raise DishonestError("hidden: seen NaN or infinity, wanted finite values")
+            plain = self._key.reveal_hidden(hidden)
+        with self.counters.timed("classify"):
+            return [_full_row(values, question.temperature) for values in self._classify(plain)]
+
+
+def _full_row(values: Array, temperature: float) -> Row:
+    """A row of all logits [vocab_size] with their log-sum-exp at `temperature`."""
+    top, least = float(values.max()), float(values.min())
+    if not (math.isfinite(top) and math.isfinite(least)):  # either is NaN if any value is
+        raise DishonestError("hidden: seen values that no logits can be computed of, wanted a model's")
+    with np.errstate(over="ignore"):  # so far below the top that it weighs nothing
+        below = (values - np.float32(top)) / np.float32(temperature)
+    mass = top / temperature + math.log(np.exp(below).sum(dtype=np.float64))
+    return Row(values, np.arange(len(values)), mass, full=True)
 
 
 def _check_row(values: Array, top: float, least: float, temperature: float, mass: float, vocab_size: int) -> None:

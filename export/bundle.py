@@ -19,10 +19,11 @@ import torch
 from transformers import PretrainedConfig
 
 from export.check import Check, check_equivalence, sample_ids
+from export.classifier import export_classifier
 from export.embedding import export_embedding
-from export.families import Dropped, Family, family_of, normalized
+from export.families import Axis, Dropped, Family, Features, Structure, family_of, normalized
 from export.progress import bar
-from export.scheme import Scheme, SchemeName, draw
+from export.scheme import Head, Scheme, SchemeName, draw
 from export.shards import TensorPlan, plan_shards, write_index, write_shard
 from export.source import Source, open_source
 from export.tokenizer import export_tokenizer
@@ -51,6 +52,7 @@ class Report:
     key_id: str
     family: str
     scheme: str
+    head: Head
     dtype: FloatName
     log2_keys: float | None  # None where the secrets are not countable
     tokenizer: str
@@ -66,6 +68,7 @@ def export_model(
     out: Path,
     *,
     scheme: SchemeName = "permutation",
+    head: Head = "cloud",
     dtype: FloatName | Literal["auto"] = "auto",
     name: str | None = None,
     shard_bytes: int = 2 * 2**30,
@@ -73,6 +76,7 @@ def export_model(
 ) -> Report:
     """Exports `model` (hub id, folder or .gguf) to OUT/cloud, OUT/device and OUT/export.json.
 
+    head: where the classifier runs. On the device it must be tied, as devices hold the embedding table alone.
     dtype: of the stored weights; auto keeps the source's, or float32 where it is mixed or quantised.
     name: what devices ask for; by default `model-` and part of the key id, as the cloud need not know more.
     seed: for tests alone; the output then says that it is not for use.
@@ -83,8 +87,15 @@ def export_model(
         raise ExportError(f"output {out}: it exists already", hint="give a new folder, or remove that one first")
     source = open_source(model)
     family = family_of(source.config)
+    if head == "device" and not source.config.tie_word_embeddings:
+        raise ExportError(
+            f"model {model!r}: its classifier is a matrix of its own ({family.classifier}), wanted a tied one, as a "
+            "device holds the embedding table alone",
+            hint="--head cloud",
+        )
+    absent = [family.embedding] if head == "cloud" else [family.embedding, family.classifier]
     random_bytes = os.urandom if seed is None else random.Random(seed).randbytes
-    drawn = draw(scheme, family.spaces(source.config), random_bytes)
+    drawn = draw(scheme, _used_spaces(source, family, absent), random_bytes)
     stored = source.dtype if dtype == "auto" else DTYPES[dtype]
     dtype_name = next(known for known, kind in DTYPES.items() if kind is stored)
     key_id = new_key_id()
@@ -99,22 +110,31 @@ def export_model(
         cloud, device = folder / "cloud", folder / "device"
         cloud.mkdir()
         device.mkdir(mode=0o700)
-        files, unmoved = _write_cloud(source, family, drawn, stored, cloud, key_id, shard_bytes)
-        write_manifest(CloudManifest(**common, files=files, absent=[family.embedding]), cloud)
-        drawn.user_key(key_id).save(device / "key.safetensors")
+        files, unmoved = _write_cloud(source, family, drawn, stored, cloud, key_id, shard_bytes, absent)
+        write_manifest(CloudManifest(**common, files=files, absent=absent), cloud)
+        drawn.user_key(key_id, head=head).save(device / "key.safetensors")
         export_embedding(source.read(family.embedding).to(stored), device)
+        if head == "device":
+            gain = drawn.folded(_axes(family, family.classifier))
+            export_classifier(
+                stored,
+                source.shapes[family.embedding],
+                device,
+                gain=None if gain is None else source.read(gain).to(stored),
+            )
         tokenizer = source.tokenizer()
         text = export_tokenizer(tokenizer, device)
         if tokenizer.chat_template:
             (device / "chat_template.jinja").write_text(str(tokenizer.chat_template), encoding="utf-8")
         vocab_size = normalized(source.config).vocab_size
         ids = sample_ids(vocab_size, tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"])
-        check = check_equivalence(source, family, stored, cloud, device, ids)
+        check = check_equivalence(source, family, stored, cloud, device, ids, head)
         write_manifest(
             DeviceManifest(
                 **common,
                 files=_entries(device),
                 family=family.name,
+                head=head,
                 hidden_size=normalized(source.config).hidden_size,
                 vocab_size=vocab_size,
                 context=source.config.max_position_embeddings,
@@ -131,6 +151,7 @@ def export_model(
         report = Report(
             **{field: common[field] for field in ("served_name", "key_id", "scheme", "dtype", "warning")},
             family=family.name,
+            head=head,
             log2_keys=None if drawn.log2_keys is None else round(drawn.log2_keys, 1),
             tokenizer=text.kind,
             tokenizer_proof=text.reason,
@@ -162,6 +183,24 @@ def _appearing_whole(out: Path) -> Iterator[Path]:
         raise
 
 
+def _axes(family: Family, name: str) -> tuple[Axis, ...]:
+    """The axes of a tensor that is not dropped."""
+    axes = family.axes(name)
+    assert not isinstance(axes, Dropped)
+    return axes
+
+
+def _used_spaces(source: Source, family: Family, absent: list[str]) -> list[Structure]:
+    """The structures to draw secrets for. With neither table in the cloud, the vocabulary's order would hide nothing,
+    and must not count as part of the key space."""
+    structures = list(family.spaces(source.config))
+    if family.classifier not in absent:
+        return structures
+    return [
+        structure for structure in structures if not (isinstance(structure, Features) and structure.name == "vocab")
+    ]
+
+
 def _write_cloud(
     source: Source,
     family: Family,
@@ -170,12 +209,16 @@ def _write_cloud(
     folder: Path,
     key_id: str,
     shard_bytes: int,
+    absent: list[str],
 ) -> tuple[dict[str, FileEntry], dict[str, str]]:
-    """The transformed checkpoint, tensor by tensor. Gives its files, and why which tensors stayed as they were."""
-    origin = {name: name for name in source.shapes if name != family.embedding}
+    """The transformed checkpoint, tensor by tensor, but for what is `absent` from it.
+
+    Gives its files, and why which tensors stayed as they were.
+    """
+    origin = {name: name for name in source.shapes if name not in absent}
     if family.embedding not in source.shapes:
         raise FamilyError(f"tensor {family.embedding!r}: missing from the source", hint="is the checkpoint complete?")
-    if source.config.tie_word_embeddings:
+    if source.config.tie_word_embeddings and family.classifier not in absent:
         origin[family.classifier] = family.embedding  # untied: the cloud gets a permuted copy as its classifier
     table = {name: axes for name in sorted(origin) if not isinstance(axes := family.axes(name), Dropped)}
     plans = [TensorPlan(name, source.shapes[origin[name]], dtype) for name in table]
@@ -193,7 +236,11 @@ def _write_cloud(
         write_shard(folder / file, planned, part, {"key_id": key_id, "file": file})
     next(progress, None)  # lets the bar finish
     write_index(folder, shards)
-    (folder / "config.json").write_text(json.dumps(_cloud_config(source.config, dtype), indent=2) + "\n")
+    config = _cloud_config(source.config, dtype)
+    if family.classifier in absent:
+        # Its true width would tell the base model, and make the stock class allocate two tables that nothing needs.
+        config["vocab_size"] = 1
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     unmoved = {name: reason for name, axes in table.items() if (reason := scheme.unmoved(axes))}
     return _entries(folder), unmoved
 

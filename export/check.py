@@ -1,8 +1,8 @@
 """The equivalence check that ends every export (STIP theorem 1, tried on what was written).
 
 The original model reads ids and its own weights. The transformed one is what the two folders hold: embedding.onnx,
-key.safetensors and the cloud's shards. Both run layer by layer in float32 from weights in the exported dtype, so the
-figures show what the transformation costs and nothing else.
+key.safetensors, the cloud's shards, and classifier.onnx where the classifier is on the device. Both run layer by layer
+in float32 from weights in the exported dtype, so the figures show what the transformation costs and nothing else.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import onnxruntime as ort
 import torch
 from transformers import AutoConfig
 
+from export.classifier import CLASSIFIER
 from export.families import Family
+from export.scheme import Head
 from export.shards import Shards
 from export.source import Source
-from export.streaming import streamed_logits
+from export.streaming import streamed_hidden, streamed_logits
 from shared.errors import EquivalenceError
 from shared.key import UserKey
 
@@ -46,7 +48,13 @@ def sample_ids(vocab_size: int, text_ids: list[int]) -> np.ndarray:
 
 
 def check_equivalence(
-    source: Source, family: Family, dtype: torch.dtype, cloud: Path, device: Path, ids: np.ndarray
+    source: Source,
+    family: Family,
+    dtype: torch.dtype,
+    cloud: Path,
+    device: Path,
+    ids: np.ndarray,
+    head: Head = "cloud",
 ) -> Check:
     """Compares both models on `ids` [sequences, positions]. Raises EquivalenceError beyond the tolerance."""
 
@@ -55,12 +63,28 @@ def check_equivalence(
         return source.read(stored).to(dtype)
 
     expected = streamed_logits(source.config, read_original, input_ids=torch.from_numpy(ids))
+    return _compare(expected, written_logits(cloud, device, ids, head))
+
+
+def written_logits(cloud: Path, device: Path, ids: np.ndarray, head: Head) -> np.ndarray:
+    """Logits [sequences, positions, vocab_size] that the two folders give together, revealed."""
     key = UserKey.load(device / "key.safetensors")
-    session = ort.InferenceSession(device / "embedding.onnx", providers=["CPUExecutionProvider"])
-    embeddings = session.run(None, {"ids": ids.reshape(-1)})[0].reshape(*ids.shape, -1)
-    hidden = torch.from_numpy(key.hide(embeddings))
-    permuted = streamed_logits(AutoConfig.from_pretrained(cloud), Shards(cloud).read, inputs_embeds=hidden)
-    return _compare(expected, key.reveal_rows(permuted))
+    config, read = AutoConfig.from_pretrained(cloud), Shards(cloud).read
+    embeddings = _onnx(device / "embedding.onnx", ids=ids.reshape(-1)).reshape(*ids.shape, -1)
+    sent = torch.from_numpy(key.hide(embeddings))
+    if head == "cloud":
+        return key.reveal_rows(streamed_logits(config, read, inputs_embeds=sent))
+    hidden = key.reveal_hidden(streamed_hidden(config, read, inputs_embeds=sent))
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return _onnx(device / CLASSIFIER, hidden=rows).reshape(*ids.shape, -1)
+
+
+def _onnx(path: Path, **inputs: np.ndarray) -> np.ndarray:
+    """The one output of a model that is run once: folding its constants first would hold the table twice."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    output: np.ndarray = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
+    return output
 
 
 def _compare(expected: np.ndarray, revealed: np.ndarray) -> Check:

@@ -24,7 +24,7 @@ def main() -> None:
     model.add_argument("model", metavar="MODEL", help="hub id, folder with safetensors, or .gguf file")
     model.add_argument("--out", required=True, type=Path, help="folder to make: OUT/cloud, OUT/device, OUT/export.json")
     model.add_argument("--scheme", choices=("permutation",), default="permutation")
-    model.add_argument("--head", choices=("cloud",), default="cloud", help="where the classifier runs")
+    model.add_argument("--head", choices=("cloud", "device"), default="cloud", help="where the classifier runs")
     model.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     model.add_argument("--name", metavar="SERVED", help="what devices ask for; the cloud reads it (default: random)")
     model.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -43,7 +43,9 @@ def _model(arguments: argparse.Namespace) -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    report = export_model(arguments.model, arguments.out, dtype=arguments.dtype, name=arguments.name)
+    report = export_model(
+        arguments.model, arguments.out, head=arguments.head, dtype=arguments.dtype, name=arguments.name
+    )
     if arguments.json:
         print(msgspec.json.encode(report).decode())
         return
@@ -51,6 +53,8 @@ def _model(arguments: argparse.Namespace) -> None:
     print(f"{report.served_name}: {report.family}, {report.scheme}, {report.dtype}, {report.seconds} s")
     print(f"  cloud      {arguments.out / 'cloud'}")
     print(f"  device     {arguments.out / 'device'} (holds the user key: give it to devices only)")
+    if report.head == "device":
+        print("  classifier on the device: the cloud has none, and answers with hidden states")
     print(f"  tokenizer  {report.tokenizer}: {report.tokenizer_proof}")
     print(
         f"  check      {check.positions} positions in float32: logits differ by at most {check.max_difference:.1e} "

@@ -82,6 +82,9 @@ class Permutation:
     def act(self, name: str, tensor: torch.Tensor, axes: tuple[Axis, ...], read: Read) -> torch.Tensor:
         return act_on_axes(name, tensor, axes, self._secrets)
 
+    def folded(self, axes: tuple[Axis, ...]) -> str | None:
+        return None
+
     def unmoved(self, axes: tuple[Axis, ...]) -> str | None:
         return why_unmoved(axes, lambda space: bool((np.diff(self.index(space)) == 1).all()))
 

@@ -107,16 +107,18 @@ class Rotation:
                     tensor = tensor * read(axis.gain).float().view(shape)
         return act_on_axes(name, tensor, axes, self._secrets)
 
+    def folded(self, axes: tuple[Axis, ...]) -> str | None:
+        return next((axis.gain for axis in axes if isinstance(axis, After)), None) if self._folds else None
+
     def unmoved(self, axes: tuple[Axis, ...]) -> str | None:
         return why_unmoved(axes, lambda space: _is_identity(self._secrets[space]))
 
     def user_key(self, key_id: str, *, head: Literal["cloud", "device"] = "cloud") -> UserKey:
-        residual, vocab = self._secrets["residual"], self._secrets["vocab"]
-        assert isinstance(vocab, Order)
+        residual = self._secrets["residual"]
         return UserKey(
             key_id,
             residual.matrices[0].astype(np.float32) if isinstance(residual, Blocks) else _index(residual),
-            vocab.index if head == "cloud" else None,
+            _index(self._secrets["vocab"]) if head == "cloud" else None,
         )
 
     # --- draws ---
@@ -213,7 +215,7 @@ def orthogonal_keeping_ones(size: int, random_bytes: RandomBytes = os.urandom) -
 
 def _index(secret: Secret) -> Any:
     if not isinstance(secret, Order):
-        raise FamilyError("the residual stream has neither a basis nor an order")
+        raise FamilyError("the residual stream or the vocabulary has neither a basis nor an order")
     return secret.index
 
 

@@ -14,6 +14,7 @@ from shared.errors import FamilyError
 from shared.key import Index, UserKey
 
 RandomBytes = Callable[[int], bytes]
+Head = Literal["cloud", "device"]  # where the classifier runs
 Read = Callable[[str], torch.Tensor]  # a tensor of the original, by name
 SchemeName = Literal["permutation", "rotation"]
 SCHEMES: tuple[SchemeName, ...] = ("permutation", "rotation")
@@ -39,6 +40,9 @@ class Scheme(Protocol):
     def act(self, name: str, tensor: torch.Tensor, axes: tuple[Axis, ...], read: Read) -> torch.Tensor:
         """`tensor` in the secret coordinates of its axes. `read` gives other tensors of the original, such as the gain
         of the norm before it. Raises FamilyError where a shape does not fit its spaces."""
+
+    def folded(self, axes: tuple[Axis, ...]) -> str | None:
+        """The norm's weight that `act` takes out of the norm and puts into a tensor with these axes, if it does so."""
 
     def unmoved(self, axes: tuple[Axis, ...]) -> str | None:
         """Why a tensor with these axes is stored as it was, or None if it is not."""

@@ -21,11 +21,25 @@ def empty_model(config: PretrainedConfig) -> Any:
         return AutoModelForCausalLM.from_config(config).eval()
 
 
-@torch.inference_mode()
 def streamed_logits(
     config: PretrainedConfig, read: Callable[[str], torch.Tensor], **inputs: torch.Tensor
 ) -> npt.NDArray[np.float32]:
     """Logits [sequences, positions, vocab_size] of the stock model in float32; `read(name)` gives a parameter."""
+    return _streamed(config, read, lambda model: model(**inputs).logits)
+
+
+def streamed_hidden(
+    config: PretrainedConfig, read: Callable[[str], torch.Tensor], **inputs: torch.Tensor
+) -> npt.NDArray[np.float32]:
+    """What the classifier would be given [sequences, positions, hidden_size]; the classifier itself is not read."""
+    return _streamed(config, read, lambda model: model.get_decoder()(**inputs).last_hidden_state)
+
+
+@torch.inference_mode()
+def _streamed(
+    config: PretrainedConfig, read: Callable[[str], torch.Tensor], forward: Callable[[Any], torch.Tensor]
+) -> npt.NDArray[np.float32]:
+    """What `forward` makes of the stock model."""
     model = empty_model(config)
     # Values are put where parameters of the same shape were before: freeing and allocating large tensors between
     # small ones leaves the heap many times their size.
@@ -55,6 +69,6 @@ def streamed_logits(
         if own:
             module.register_forward_pre_hook(load(module_name, own))
             module.register_forward_hook(drop(own))
-    logits: npt.NDArray[np.float32] = model(**inputs).logits.numpy()
+    result: npt.NDArray[np.float32] = forward(model).numpy()
     places.clear()
-    return logits
+    return result

@@ -35,6 +35,7 @@ from device_app.bundle import Bundle
 from device_app.connection import Address
 from examples.smollm2 import smollm2_gguf as smollm2_package
 from export.bundle import export_model
+from export.scheme import Head, SchemeName
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched while testing
 torch.set_num_threads(2)
@@ -131,15 +132,16 @@ def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 @pytest.fixture(scope="session")
 def tiny_exports(
     tiny_checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+) -> Callable[..., Path]:
     """Gives the exported folder (cloud/, device/) of a kind, made once. Do not change it: copy it first."""
-    made: dict[str, Path] = {}
+    made: dict[tuple[str, SchemeName, Head], Path] = {}
 
-    def exported(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp("export") / kind
-            export_model(str(tiny_checkpoints(kind)), made[kind], name=kind)
-        return made[kind]
+    def exported(kind: str, scheme: SchemeName = "permutation", head: Head = "cloud") -> Path:
+        which = (kind, scheme, head)
+        if which not in made:
+            made[which] = tmp_path_factory.mktemp("export") / kind
+            export_model(str(tiny_checkpoints(kind)), made[which], name=kind, scheme=scheme, head=head)
+        return made[which]
 
     return exported
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from cloud_backend.engine import HiddenRows, LogitRows, TorchEngine, Work, open_
 from cloud_backend.kv_cache import FIRST_CAPACITY, KVCache
 from shared import wire
 from shared.errors import BundleError
-from shared.manifest import CloudManifest, read_manifest
+from shared.manifest import CloudManifest, read_manifest, write_manifest
 from tests.conftest import SIZES, randomise
 
 KINDS = ["llama", "mistral-window", "qwen2", "qwen3"]
@@ -475,6 +476,28 @@ def test_the_engine_computes_in_the_dtype_asked_for(tiny: Path, dtype: Any) -> N
 
 def test_the_engine_holds_no_embedding_table(engines: Callable[[str], TorchEngine]) -> None:
     assert engines("llama")._model.get_input_embeddings() is None
+
+
+@pytest.mark.parametrize("scheme", ["permutation", "rotation"])
+def test_a_folder_without_a_classifier_gives_hidden_states_and_holds_none(
+    tiny_exports: Callable[..., Path], scheme: str
+) -> None:
+    manifest, engine = open_context(tiny_exports("llama-tied", scheme, "device") / "cloud", device="cpu")
+    assert manifest.absent == ["model.embed_tokens.weight", "lm_head.weight"]
+    assert engine.vocab_size == 0
+    assert not [name for name, _ in engine._model.named_parameters() if "embed_tokens" in name or "lm_head" in name]
+    result = run(engine, engine.new_cache(), 0, SEQUENCE, rows=3, want="hidden")
+    assert isinstance(result, HiddenRows) and result.hidden.shape == (3, WIDTH)
+
+
+def test_a_classifier_that_is_missing_though_the_manifest_does_not_say_so_is_refused(
+    tiny_exports: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_exports("llama-tied", head="device") / "cloud", tmp_path / "cloud")
+    manifest = read_manifest(folder, CloudManifest)
+    write_manifest(msgspec.structs.replace(manifest, absent=["model.embed_tokens.weight"]), folder)
+    with pytest.raises(BundleError, match="1 tensors missing"):
+        TorchEngine.load(folder, "float32", "cpu")
 
 
 def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:

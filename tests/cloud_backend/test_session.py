@@ -265,6 +265,15 @@ def test_hidden_is_answered_with_hidden() -> None:
     assert (type(reply), reply.hidden.tolist()) == (wire.Hidden, [[2] * HIDDEN])
 
 
+@pytest.mark.parametrize("rows", [0, 1])
+def test_logits_of_a_model_without_a_classifier_are_unsupported(rows: int) -> None:
+    cloud = opened(vocab_size=0)
+    (reply,) = cloud.ask(append(1, 0, 1, 2, rows=rows))
+    assert (reply.code, reply.seq, reply.kv_length) == ("unsupported", 1, 0)
+    assert "wanted hidden" in reply.message
+    assert codes(cloud.ask(append(2, 0, 1, 2, rows=rows, want="hidden"))) == ["Hidden"]
+
+
 def test_top_k_and_temperature_reach_the_engine() -> None:
     cloud = opened()
     cloud.receive(append(1, 0, 1, rows=1, top_k=7, temperature=0.3))

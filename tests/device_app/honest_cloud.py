@@ -12,12 +12,15 @@ import numpy as np
 
 from device_app.session import Session
 from shared.key import UserKey
-from shared.wire import Append, Array, Cancel, Error, ErrorCode, Logits, Message, Open, Opened, decode, encode
+from shared.wire import Append, Array, Cancel, Error, ErrorCode, Hidden, Logits, Message, Open, Opened, decode, encode
 
 HIDDEN, VOCAB = 8, 1000
 EMBEDDING = 4 * HIDDEN  # bytes
 _random = np.random.default_rng(20)
 KEY = UserKey("0f" * 16, _random.permutation(HIDDEN), _random.permutation(VOCAB))
+
+NO_VOCAB = UserKey(KEY.key_id, KEY.residual, None)  # of an export with the classifier on the device
+TABLE = _random.normal(size=(VOCAB, HIDDEN)).astype(np.float32)  # that classifier
 
 
 def embed(ids: Sequence[int]) -> Array:
@@ -30,8 +33,23 @@ def plain_logits(ids: Sequence[int]) -> Array:
     return np.random.default_rng(list(ids)).normal(0, 3, VOCAB).astype(np.float32)
 
 
+def plain_hidden(ids: Sequence[int]) -> Array:
+    """[HIDDEN] float32, of exactly these ids."""
+    return np.random.default_rng(list(ids)).normal(0, 3, HIDDEN).astype(np.float32)
+
+
+def classify(hidden: Array) -> Array:
+    """[rows, HIDDEN] → [rows, VOCAB]"""
+    return hidden @ TABLE.T
+
+
 def new_session() -> Session:
     return Session(KEY, embed, served_name="tiny")
+
+
+def classifying_session() -> Session:
+    """A session with the classifier on the device."""
+    return Session(NO_VOCAB, embed, classify, served_name="tiny")
 
 
 def opened(**fields: object) -> Opened:
@@ -117,8 +135,10 @@ class HonestCloud:
             return self._error(self.failures.pop(0), append)
         self.cache, self._changed_by = self.cache[: append.keep] + ids_of(append), append.seq
         length = len(self.cache)
-        rows = [plain_logits(self.cache[: length - back]) for back in reversed(range(append.rows))]
-        return logits(append, rows, length)
+        sequences = [self.cache[: length - back] for back in reversed(range(append.rows))]
+        if append.want == "hidden":
+            return hidden(append, [plain_hidden(ids) for ids in sequences], length)
+        return logits(append, [plain_logits(ids) for ids in sequences], length)
 
     def step(self, session: Session) -> None:
         """Answers one request, and takes what the session says to that."""
@@ -142,6 +162,12 @@ def ids_of(append: Append) -> list[int]:
     ids: list[int] = plain[:, 0].astype(int).tolist()
     assert np.array_equal(plain, embed(ids)), "an embedding is not of any id"
     return ids
+
+
+def hidden(append: Append, rows: Sequence[Array], kv_length: int) -> Hidden:
+    """The answer to an Append that wants hidden states, of plain ones [HIDDEN]."""
+    permuted = KEY.hide(np.array(rows, np.float32).reshape(len(rows), HIDDEN))
+    return Hidden(seq=append.seq, kv_length=kv_length, tensors=(permuted,))
 
 
 def logits(append: Append, rows: Sequence[Array], kv_length: int) -> Logits:

@@ -190,7 +190,57 @@ def test_an_export_lets_nobody_else_read_the_device_half(tiny: Path) -> None:
     assert (tiny / "device" / "key.safetensors").stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("scheme", ["permutation", "rotation"])
+def test_a_bundle_with_the_classifier_classifies(tiny_exports: Callable[..., Path], scheme: str) -> None:
+    bundle = Bundle.open(tiny_exports("llama-tied", scheme, "device") / "device")
+    assert bundle.key.vocab is None and bundle.classify is not None
+    logits = bundle.classify(np.ones((2, bundle.manifest.hidden_size), np.float32))
+    assert (logits.shape, logits.dtype) == ((2, bundle.manifest.vocab_size), np.float32)
+
+
+def test_a_bundle_without_the_classifier_has_none(tiny: Path) -> None:
+    assert Bundle.open(tiny / "device").classify is None
+
+
+def test_a_rows_logits_do_not_depend_on_the_rows_beside_it(tiny_exports: Callable[..., Path]) -> None:
+    classify = Bundle.open(tiny_exports("llama-tied", "rotation", "device") / "device").classify
+    assert classify is not None
+    hidden = np.random.default_rng(0).normal(size=(5, 48)).astype(np.float32)
+    assert np.array_equal(classify(hidden), np.concatenate([classify(row[None]) for row in hidden]))
+
+
+def test_a_key_that_reveals_logits_is_refused_where_the_classifier_is_on_the_device(folder: Path) -> None:
+    sealed(folder, head="device")
+    error = refused(folder, names="key.safetensors", hint="the key is another export's")
+    assert "seen a key with an order of the vocabulary, but the classifier is on the device" in error
+
+
+def test_a_key_that_reveals_no_logits_is_refused_where_the_classifier_is_in_the_cloud(
+    tiny_exports: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_exports("llama-tied", head="device") / "device", tmp_path / "device")
+    sealed(folder, head="cloud")
+    error = refused(folder, names="key.safetensors", hint="the key is another export's")
+    assert "seen a key with no order of the vocabulary, but the classifier is in the cloud" in error
+
+
 # --- the models inside ---
+
+
+@pytest.mark.parametrize("content", [None, b"not a model"], ids=["missing", "not a model"])
+def test_a_classifier_that_cannot_be_loaded_is_named(
+    tiny_exports: Callable[..., Path], tmp_path: Path, content: bytes | None
+) -> None:
+    folder = shutil.copytree(tiny_exports("llama-tied", head="device") / "device", tmp_path / "device")
+    if content is None:
+        (folder / "classifier.onnx").unlink()
+        manifest = read_manifest(folder, DeviceManifest)
+        files = {name: entry for name, entry in manifest.files.items() if name != "classifier.onnx"}
+        write_manifest(msgspec.structs.replace(manifest, files=files), folder)
+    else:
+        (folder / "classifier.onnx").write_bytes(content)
+        sealed(folder)
+    refused(folder, names="classifier.onnx", hint="export")
 
 
 @pytest.mark.parametrize("name", ["embedding.onnx", "tokenizer.onnx", "detokenizer.onnx", "tokenizer.json"])

@@ -104,6 +104,23 @@ def test_top_rows_give_the_token_of_the_full_row_or_none(
         assert token is None or token == sampler.choose(full, position)
 
 
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    shape=st.sampled_from(SHAPES),
+    k=st.sampled_from([1, 16, 256, 999, 1000, 5000]),
+    sampling=samplings,
+    made_from=st.integers(0, 2**32 - 1),
+)
+def test_the_head_of_a_full_row_gives_its_token_or_none(shape: str, k: int, sampling: Sampling, made_from: int) -> None:
+    full = full_row(made_values(shape, 1000, np.random.default_rng(made_from)), sampling.temperature)
+    head, sampler = full.head(k), Sampler(sampling, 1000, [1, 2, 3])
+    assert len(head.values) == len(set(head.ids.tolist())) == min(k, 1000) and head.full == (k >= 1000)
+    assert np.array_equal(full.values[head.ids], head.values)
+    assert head.values.min() >= np.delete(full.values, head.ids).max(initial=-np.inf)
+    for position in range(DRAWS_A_ROW):
+        assert sampler.choose(head, position) in (None, sampler.choose(full, position))
+
+
 def test_the_order_in_which_a_row_arrives_changes_nothing() -> None:
     random = np.random.default_rng(3)
     sampler = Sampler(Sampling(temperature=1.0, top_p=0.9, seed=1), 500)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from device_app.sampler import Row
 from device_app.session import MOST_REPLANS, Session
 from shared.errors import DishonestError, RefusedError
+from shared.key import UserKey
 from shared.wire import (
     Append,
     Array,
@@ -36,10 +37,15 @@ from tests.device_app.honest_cloud import (
     KEY,
     VOCAB,
     HonestCloud,
+    classify,
+    classifying_session,
+    embed,
+    hidden,
     ids_of,
     logits,
     new_session,
     opened,
+    plain_hidden,
     plain_logits,
 )
 
@@ -674,3 +680,125 @@ def test_an_opened_that_is_honest_is_kept(session: Session) -> None:
     said = opened(context=77)
     session.receive(encode(said))
     assert isinstance(session.opened, Opened) and session.opened == said
+
+
+# --- the classifier on the device ---
+
+
+@pytest.fixture
+def classifying() -> Session:
+    return classifying_session()
+
+
+def classified_cloud(session: Session, **options: float) -> HonestCloud:
+    """A cloud without a classifier that was asked about the prompt and has not answered."""
+    cloud = HonestCloud(vocab_size=0, max_frame=1 << 20)
+    cloud.connect(session)
+    session.ask(PROMPT, **{"top_k": 5} | options)  # type: ignore[arg-type]
+    cloud.take(session)
+    return cloud
+
+
+def test_hidden_states_are_asked_for_and_how_tokens_are_chosen_is_not_told(classifying: Session) -> None:
+    cloud = classified_cloud(classifying, top_k=17, temperature=0.5)
+    [append] = cloud.appends
+    assert (append.want, append.rows) == ("hidden", 1)
+    assert append == Append(seq=0, keep=0, want="hidden", tensors=append.tensors)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 1.7, 0.01])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_hidden_states_become_full_rows(classifying: Session, rows: int, temperature: float) -> None:
+    cloud = classified_cloud(classifying, rows=rows, temperature=temperature)
+    cloud.settle(classifying)
+    assert classifying.rows is not None and len(classifying.rows) == rows
+    for back, row in enumerate(reversed(classifying.rows)):
+        expected = classify(plain_hidden(PROMPT[: len(PROMPT) - back])[None])[0]
+        np.testing.assert_allclose(row.values, expected, rtol=1e-5, atol=1e-5)
+        assert row.full and row.ids.tolist() == list(range(VOCAB)) and row.values.dtype == np.float32
+        scaled = row.values.astype(float) / temperature
+        assert row.log_sum_exp == pytest.approx(scaled.max() + np.log(np.exp(scaled - scaled.max()).sum()), rel=1e-6)
+
+
+def test_hidden_states_are_revealed_by_a_matrix_too() -> None:
+    basis = np.linalg.qr(np.random.default_rng(1).normal(size=(HIDDEN, HIDDEN)))[0].astype(np.float32)
+    key = UserKey("k", basis, None)
+    session = Session(key, embed, classify, served_name="tiny")
+    session.connected()
+    session.receive(encode(opened(vocab_size=0)))
+    session.ask([3], top_k=5)
+    plain = plain_hidden([3])[None]
+    session.receive(encode(Hidden(seq=0, kv_length=1, tensors=(key.hide(plain),))))
+    assert session.rows is not None
+    np.testing.assert_allclose(session.rows[0].values, classify(plain)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_long_prompt_is_acknowledged_by_empty_hidden_states(classifying: Session) -> None:
+    cloud = HonestCloud(vocab_size=0)
+    cloud.connect(classifying)
+    classifying.ask(PROMPT, top_k=5)
+    cloud.settle(classifying)
+    assert [append.rows for append in cloud.appends] == [0, 0, 1]
+    assert {append.want for append in cloud.appends} == {"hidden"}
+
+
+def test_hidden_states_of_a_piece_that_asked_for_none_are_refused(classifying: Session) -> None:
+    cloud = HonestCloud(vocab_size=0)
+    cloud.connect(classifying)
+    classifying.ask(PROMPT, top_k=5)
+    cloud.take(classifying)
+    with pytest.raises(DishonestError, match="seen 1, wanted 0"):
+        classifying.receive(encode(hidden(cloud.appends[0], [plain_hidden([1])], 4)))
+
+
+def test_the_time_that_the_classifier_takes_is_counted(classifying: Session) -> None:
+    classified_cloud(classifying).settle(classifying)
+    assert set(classifying.counters.work_ns) == {"embed", "hide", "encode", "decode", "reveal", "classify"}
+
+
+def test_a_cloud_that_has_a_classifier_though_the_key_reveals_no_logits_is_refused(classifying: Session) -> None:
+    classifying.connected()
+    with pytest.raises(DishonestError, match=r"^Opened: "):
+        classifying.receive(encode(opened()))
+
+
+def test_a_cloud_without_a_classifier_is_refused_by_a_key_that_reveals_logits(session: Session) -> None:
+    session.connected()
+    with pytest.raises(DishonestError, match=r"^Opened: "):
+        session.receive(encode(opened(vocab_size=0)))
+
+
+def changed(honest: Hidden, **fields: object) -> Hidden:
+    kept = {name: getattr(honest, name) for name in honest.__struct_fields__}
+    return Hidden(**kept | fields)  # type: ignore[arg-type]
+
+
+HIDDEN_LIES: dict[str, Callable[[Hidden], Message]] = {
+    "NaN": lambda honest: changed(honest, tensors=(with_item(honest.hidden, (0, 3), np.nan),)),
+    "infinity": lambda honest: changed(honest, tensors=(with_item(honest.hidden, (0, 0), np.inf),)),
+    "logits past the range of a float": lambda honest: changed(
+        honest, tensors=(np.full_like(honest.hidden, np.finfo(np.float32).max),)
+    ),
+    "another dtype": lambda honest: changed(honest, tensors=(honest.hidden.astype(np.float16),)),
+    "no row": lambda honest: changed(honest, tensors=(honest.hidden[:0],)),
+    "a row too many": lambda honest: changed(honest, tensors=(honest.hidden.repeat(2, 0),)),
+    "a feature too few": lambda honest: changed(honest, tensors=(honest.hidden[:, 1:].copy(),)),
+    "a feature too many": lambda honest: changed(honest, tensors=(np.pad(honest.hidden, ((0, 0), (0, 1))),)),
+    "another KV length": lambda honest: changed(honest, kv_length=honest.kv_length + 1),
+    "a later seq": lambda honest: changed(honest, seq=honest.seq + 1),
+    "logits": lambda honest: logits(
+        Append(seq=honest.seq, keep=0, top_k=5, tensors=()), [plain_logits(PROMPT)], honest.kv_length
+    ),
+    "Encoded": lambda honest: Encoded(seq=honest.seq, kv_length=honest.kv_length, tensors=(honest.hidden,)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid")
+@pytest.mark.parametrize("lie", HIDDEN_LIES)
+def test_hidden_states_that_cannot_be_a_models_are_refused(classifying: Session, lie: str) -> None:
+    honest = classified_cloud(classifying).reply()
+    assert isinstance(honest, Hidden)
+    with pytest.raises(DishonestError) as raised:
+        classifying.receive(encode(HIDDEN_LIES[lie](honest)))
+    assert classifying.rows is None
+    assert_says_nothing_of_the_prompt(str(raised.value))

@@ -509,6 +509,16 @@ def keys() -> dict[str, dict[str, Any]]:
     )
     header += b" " * (-len(header) % 8)
     file = struct.pack("<Q", len(header)) + header + struct.pack("<9i", *residual, *vocab)
+    # Orthogonal, not symmetric, and of halves: products with small integers are exact in every dtype and order.
+    matrix = [[0.5, -0.5, 0.5, -0.5], [0.5, 0.5, -0.5, -0.5], [0.5, -0.5, -0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]
+    rotating = {"kind": "key", "residual": matrix, "vocab": None}
+    matrix_header = (
+        b'{"__metadata__":{"format":"stip-key-1","key_id":"00112233445566778899aabbccddeeff"},'
+        b'"residual":{"dtype":"F32","shape":[4,4],"data_offsets":[0,64]}}'
+    )
+    matrix_header += b" " * (-len(matrix_header) % 8)
+    flat = [value for row in matrix for value in row]
+    matrix_file = struct.pack("<Q", len(matrix_header)) + matrix_header + struct.pack("<16f", *flat)
     return {
         "key_hide": {"description": "embeddings [2, 4] hidden: permuted[j] = plain[residual[j]]"}
         | key
@@ -527,6 +537,15 @@ def keys() -> dict[str, dict[str, Any]]:
         | key
         | {"of": "reveal_rows", "permuted": [[10, 11, 12, 13, 14]], "plain": [[12, 13, 11, 14, 10]]},
         "key_file": {"description": "the bytes of a key file"} | key | {"of": "load", "file": file.hex()},
+        "key_matrix_hide": {"description": "embeddings [2, 4] hidden by a matrix: permuted = plain R"}
+        | rotating
+        | {"of": "hide", "plain": [[2, 0, 0, 0], [2, 4, 6, 8]], "permuted": [[1, -1, 1, -1], [10, 2, 0, 4]]},
+        "key_matrix_reveal_hidden": {"description": "a hidden state [1, 4] revealed: plain = permuted Rᵀ"}
+        | rotating
+        | {"of": "reveal_hidden", "permuted": [[2, 4, 6, 8]], "plain": [[-2, -4, 0, 10]]},
+        "key_matrix_file": {"description": "the bytes of a key file with a matrix and no vocab"}
+        | rotating
+        | {"of": "load", "file": matrix_file.hex()},
     }
 
 

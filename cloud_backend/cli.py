@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shared.command import debug_option, run
 from shared.errors import UsageError
+from shared.levels import limit
 
 
 def main() -> None:
@@ -118,6 +119,7 @@ def _serve(arguments: argparse.Namespace) -> None:
             raise UsageError(f"{folder}: the same export was given twice", hint="give each folder once")
         contexts[name] = Context(*name, engine)
         log.info("serving %s: %s, context %d", manifest.served_name, engine.dtype, engine.context)
+        log.info("%s: %s", manifest.served_name, limit(manifest.scheme))
         if manifest.warning:
             log.warning("%s: %s", manifest.served_name, manifest.warning)
     server = CloudServer(contexts.values(), limits, tokens, scheduler)

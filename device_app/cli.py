@@ -9,6 +9,7 @@ from pathlib import Path
 
 from shared.command import debug_option, run
 from shared.errors import UsageError
+from shared.levels import limit
 
 
 def main() -> None:
@@ -60,6 +61,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     )
     address = Address(arguments.url, arguments.ca, arguments.insecure)
     bundle = Bundle.open(arguments.folder)
+    note(f"stip-device: {limit(bundle.manifest.scheme)}")
     if bundle.manifest.warning:
         note(f"stip-device: warning: {bundle.manifest.warning}")
     assistant = Assistant(

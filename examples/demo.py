@@ -21,6 +21,7 @@ from device_app.bundle import Bundle
 from device_app.chat import stream
 from device_app.connection import Address
 from examples.smollm2 import smollm2_gguf
+from shared.levels import limit
 from shared.wire import Append, Array, Logits, decode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,10 +137,8 @@ class Witness:
         print(f"  but someone who holds the model's embedding table finds {len(found)} of {len(recovered)} tokens by")
         print("  comparing sorted entries, with no key at all:\n")
         print(f"    {self._text(found)!r}\n")
-        print(
-            "  Permutation is not encryption. It hides prompts from who has the cloud's files and traffic and nothing"
-        )
-        print("  else; a public base model undoes it. SECURITY.md says what each attacker gets.")
+        print(f"  The limit: {limit(self._bundle.manifest.scheme)}.")
+        print("  SECURITY.md says what each attacker gets; `stip-export audit` measures it.")
 
     def _look_up(self, vector: Array) -> int | None:
         if self._table is None:

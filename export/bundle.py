@@ -128,7 +128,7 @@ def export_model(
             (device / "chat_template.jinja").write_text(str(tokenizer.chat_template), encoding="utf-8")
         vocab_size = normalized(source.config).vocab_size
         ids = sample_ids(vocab_size, tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"])
-        check = check_equivalence(source, family, stored, cloud, device, ids, head)
+        check = check_equivalence(source, family, drawn, stored, cloud, device, ids, head)
         write_manifest(
             DeviceManifest(
                 **common,

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from shared.command import debug_option, run
+from shared.levels import SCHEMES, limit
 from shared.manifest import DeviceManifest, check_files, read_manifest
 
 
@@ -23,7 +24,7 @@ def main() -> None:
     )
     model.add_argument("model", metavar="MODEL", help="hub id, folder with safetensors, or .gguf file")
     model.add_argument("--out", required=True, type=Path, help="folder to make: OUT/cloud, OUT/device, OUT/export.json")
-    model.add_argument("--scheme", choices=("permutation",), default="permutation")
+    model.add_argument("--scheme", choices=SCHEMES, default="permutation", help="see SECURITY.md")
     model.add_argument("--head", choices=("cloud", "device"), default="cloud", help="where the classifier runs")
     model.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     model.add_argument("--name", metavar="SERVED", help="what devices ask for; the cloud reads it (default: random)")
@@ -44,7 +45,12 @@ def _model(arguments: argparse.Namespace) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     report = export_model(
-        arguments.model, arguments.out, head=arguments.head, dtype=arguments.dtype, name=arguments.name
+        arguments.model,
+        arguments.out,
+        scheme=arguments.scheme,
+        head=arguments.head,
+        dtype=arguments.dtype,
+        name=arguments.name,
     )
     if arguments.json:
         print(msgspec.json.encode(report).decode())
@@ -56,12 +62,15 @@ def _model(arguments: argparse.Namespace) -> None:
     if report.head == "device":
         print("  classifier on the device: the cloud has none, and answers with hidden states")
     print(f"  tokenizer  {report.tokenizer}: {report.tokenizer_proof}")
+    cause = f"new values rounded to {report.dtype}: " if check.rounded else "in float32: "
     print(
-        f"  check      {check.positions} positions in float32: logits differ by at most {check.max_difference:.1e} "
+        f"  check      {check.positions} positions, {cause}logits differ by at most {check.max_difference:.1e} "
         f"(mean {check.mean_difference:.1e}, largest logit {check.largest_logit:.1f}); "
         f"top token the same in {check.same_top_token} of {check.positions}"
     )
-    print(f"  key space  2^{report.log2_keys:.0f} permutations; this is not encryption: see SECURITY.md")
+    if report.log2_keys is not None:
+        print(f"  key space  2^{report.log2_keys:.0f} permutations, which nobody has to search")
+    print(f"  limit      {limit(report.scheme)}")
     for name, reason in list(report.unmoved.items())[:1]:
         print(f"  unmoved    {len(report.unmoved)} tensors such as {name}: {reason}")
     if report.warning:

@@ -37,6 +37,7 @@ class Permutation:
     """One secret permutation for each space of a model, and what it does to tensors."""
 
     name: SchemeName = "permutation"
+    moves_only = True
 
     def __init__(self, structures: Iterable[Structure], random_bytes: RandomBytes = os.urandom) -> None:
         self._random_bytes = random_bytes

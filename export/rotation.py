@@ -79,6 +79,7 @@ class Rotation:
     """One secret for each space of a model, and what it does to tensors."""
 
     name: SchemeName = "rotation"
+    moves_only = False
     log2_keys: float | None = None
 
     def __init__(self, structures: Iterable[Structure], random_bytes: RandomBytes = os.urandom) -> None:

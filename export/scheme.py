@@ -17,7 +17,6 @@ RandomBytes = Callable[[int], bytes]
 Head = Literal["cloud", "device"]  # where the classifier runs
 Read = Callable[[str], torch.Tensor]  # a tensor of the original, by name
 SchemeName = Literal["permutation", "rotation"]
-SCHEMES: tuple[SchemeName, ...] = ("permutation", "rotation")
 
 
 class Secret(Protocol):
@@ -36,6 +35,7 @@ class Scheme(Protocol):
 
     name: SchemeName
     log2_keys: float | None  # log₂ of the number of keys the draws choose from; None where they cannot be counted
+    moves_only: bool  # values change places and none is computed, so that no dtype rounds any
 
     def act(self, name: str, tensor: torch.Tensor, axes: tuple[Axis, ...], read: Read) -> torch.Tensor:
         """`tensor` in the secret coordinates of its axes. `read` gives other tensors of the original, such as the gain

@@ -1,6 +1,6 @@
 """An attack on hidden states by who has the weights: try every token, keep the one that gives the states seen.
 
-After "Hidden No More" (arXiv 2505.18332), which breaks permuted hidden states token by token and names STIP. There states
+After "Hidden No More" (arXiv 2505.18332), which breaks permuted hidden states token by token and names STIP. There they
 are compared by sorted entries; here by inner products, which rotations leave alone too.
 """
 

@@ -19,6 +19,7 @@ class Text:
     public: Index  # [tokens]
     secret: Index  # [tokens]
     passages: tuple[str, ...]  # the secret text, piece by piece
+    paragraphs: tuple[Index, ...] = ()  # and paragraph by paragraph, as prompts are
 
 
 def read_text(tokenizer: Path) -> Text:
@@ -26,8 +27,10 @@ def read_text(tokenizer: Path) -> Text:
     reference = Tokenizer.from_file(str(tokenizer))
     passages = [topics[name].strip() for name in sorted(topics)]
 
-    def ids(part: list[str]) -> Index:
+    def ids(part: list[str]) -> list[Index]:
         encoded = reference.encode_batch(part, add_special_tokens=False)
-        return np.concatenate([np.asarray(one.ids, np.int64) for one in encoded])
+        return [np.asarray(one.ids, np.int64) for one in encoded if one.ids]
 
-    return Text(ids(passages[::2]), ids(passages[1::2]), tuple(passages[1::2]))
+    public, secret = passages[::2], passages[1::2]
+    paragraphs = [cut.strip() for passage in secret for cut in passage.split("\n\n")]
+    return Text(np.concatenate(ids(public)), np.concatenate(ids(secret)), tuple(secret), tuple(ids(paragraphs)))

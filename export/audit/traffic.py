@@ -1,0 +1,336 @@
+"""What traffic gives away to someone without the model: a substitution cipher, a tied classifier, and lengths.
+
+No scheme that hides every token in the same secret basis does better at the first; none at all does at the last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import linear_sum_assignment, quadratic_assignment
+from scipy.sparse import coo_array, csr_array, diags_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
+
+from export.audit.attack import Attack, Outcome, needs_base, needs_cloud_head
+from export.audit.scene import Scene
+from shared.key import Index
+from shared.wire import Append, Array, Logits, encode
+
+Real = npt.NDArray[np.float32]
+
+# --- Equal tokens are equal vectors: a substitution cipher ---
+
+SENT = (1_000, 3_000, 10_000, 30_000)  # tokens after which the attack is measured, and after all there are
+STARTS = (50, 200)  # tokens that open an attempt: few are surer, more carry further; the better attempt counts
+OFFSETS = (1, 2, 3, 4)  # how far neighbours count
+GROWTH = 1.5  # of the set of tokens under consideration, a round
+SETTLING = 3  # rounds after all are in
+FREQUENCY_WEIGHT = 0.3  # of the difference of log-frequencies, beside the similarity of neighbours
+
+
+def labels(vectors: Array) -> Index:
+    """A number [n] for every vector [n, hidden], the same for the same token.
+
+    Equal up to rounding, as a product with a matrix rounds by its place in the batch.
+    """
+    looks = np.asarray(vectors, np.float32) @ np.random.default_rng(0).standard_normal(
+        (vectors.shape[1], 8), np.float32
+    )
+    distinct, inverse = np.unique(looks, axis=0, return_inverse=True)
+    near = 1e-4 * float(np.median(np.linalg.norm(distinct, axis=1)))
+    pairs = cKDTree(distinct).query_pairs(near, output_type="ndarray")
+    same = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(distinct),) * 2)
+    groups = connected_components(same, directed=False)[1].astype(np.int64)
+    labelled: Index = groups[inverse.reshape(-1)]
+    return labelled
+
+
+def neighbours(sequence: Index, size: int) -> list[csr_array]:
+    """How often b stands d places after a, and before it, for each of OFFSETS: tables [size, size]."""
+    tables = []
+    for offset in OFFSETS:
+        ones = np.ones(max(0, sequence.size - offset), np.float32)
+        after = coo_array((ones, (sequence[:-offset], sequence[offset:])), shape=(size, size)).tocsr()
+        tables += [after, after.T.tocsr()]
+    return tables
+
+
+def match_profiles(seen: list[csr_array], known: list[csr_array], labelled: Index, tokens: Index) -> Real:
+    """How alike the neighbours of every label and every token are [labels, tokens], given that `labelled` are `tokens`.
+
+    Cosine of the square roots of counts (Bhattacharyya), added up over distances and sides.
+    """
+    alike = np.zeros((seen[0].shape[0], known[0].shape[0]), np.float32)
+    for mine, theirs in zip(seen, known, strict=True):
+        alike += (_unit_rows(mine[:, labelled]) @ _unit_rows(theirs[:, tokens]).T).toarray()
+    return alike
+
+
+def _unit_rows(counts: csr_array) -> csr_array:
+    rooted = counts.sqrt()
+    lengths = np.sqrt(np.asarray(counts.sum(axis=1)).reshape(-1))
+    scaled: csr_array = (diags_array(1 / np.maximum(lengths, 1e-9).astype(np.float32)) @ rooted).tocsr()
+    return scaled
+
+
+def read_cipher(sequence: Index, public: Index) -> Index:
+    """The token [labels] that each label of a `sequence` most likely is, from a `public` text of ids; -1 for none.
+
+    Frequency ranks first; bigrams of the most frequent then put them right (quadratic assignment, Vogelstein et al.
+    2015); from there the matched set grows, each round assigning every label anew by the neighbours it shares.
+    """
+    tokens, text = np.unique(public, return_inverse=True)
+    size = int(sequence.max()) + 1
+    seen, known = neighbours(sequence, size), neighbours(text, tokens.size)
+    found, best = np.full(size, -1), -1.0
+    for start in STARTS:
+        guess = _grown(sequence, text, seen, known, min(start, size, tokens.size))
+        if (agreement := _agreement(seen[0], known[0], guess)) > best:
+            found, best = guess, agreement
+    return np.where(found >= 0, tokens[found], -1)
+
+
+def _grown(sequence: Index, text: Index, seen: list[csr_array], known: list[csr_array], start: int) -> Index:
+    mine, theirs = np.bincount(sequence) / sequence.size, np.bincount(text) / text.size
+    ranked, ranks = np.argsort(-mine, kind="stable"), np.argsort(-theirs, kind="stable")
+    unlike = FREQUENCY_WEIGHT * np.abs(np.log(mine)[:, None] - np.log(theirs)[None]).astype(np.float32)
+    guess = np.full(mine.size, -1)
+    guess[ranked[:start]] = ranks[_by_bigrams(seen[0], known[0], ranked[:start], ranks[:start])]
+    considered, settled = float(start), 0
+    while settled < SETTLING:
+        considered *= GROWTH
+        settled += considered >= mine.size
+        rows, columns = ranked[: int(considered)], ranks[: int(1.3 * considered)]
+        labelled = np.flatnonzero(guess >= 0)
+        fit = match_profiles(seen, known, labelled, guess[labelled]) - unlike
+        row, column = linear_sum_assignment(fit[np.ix_(rows, columns)], maximize=True)
+        guess = np.full(mine.size, -1)
+        guess[rows[row]] = columns[column]
+    return guess
+
+
+def _by_bigrams(seen: csr_array, known: csr_array, rows: Index, columns: Index) -> Index:
+    """Which column each row is, from the bigrams among them; rows and columns come by frequency."""
+    mine, theirs = (np.sqrt(table[pick][:, pick].toarray()) for table, pick in ((seen, rows), (known, columns)))
+    distance = np.arange(rows.size)[:, None] - np.arange(rows.size)
+    start = 1e-3 + np.exp(-((distance / (3 + rows.size / 20)) ** 2))  # ranks are off by a little
+    for _ in range(1_000):
+        start /= start.sum(1, keepdims=True)
+        start /= start.sum(0, keepdims=True)
+    start = (start + 1e-9) / (start + 1e-9).sum(0, keepdims=True)
+    result = quadratic_assignment(mine, theirs, method="faq", options={"maximize": True, "P0": start, "maxiter": 100})
+    order: Index = result.col_ind
+    return order
+
+
+def _agreement(seen: csr_array, known: csr_array, guess: Index) -> float:
+    """How well the bigrams fit under a guess."""
+    labelled = np.flatnonzero(guess >= 0)
+    mine, theirs = seen[labelled][:, labelled].sqrt(), known[guess[labelled]][:, guess[labelled]].sqrt()
+    return float(mine.multiply(theirs).sum())
+
+
+def read_frequencies(scene: Scene, sizes: tuple[int, ...] = SENT) -> Outcome:
+    """Reads the traffic of the secret text, of growing length; the share is that of all of it."""
+    secret, public = scene.text.secret, scene.text.public
+    sequence = labels(scene.sent(secret))
+    sent = [*(size for size in sizes if size < secret.size), secret.size]
+    recovered, distinct, named = [], [], []
+    for size in sent:
+        _, traffic = np.unique(sequence[:size], return_inverse=True)
+        right = read_cipher(traffic, public)[traffic] == secret[:size]
+        recovered.append(round(float(right.mean()), 4))
+        distinct.append(int(np.unique(secret[:size]).size))
+        named.append(int(np.unique(secret[:size][right]).size))
+    figures = {
+        "tokens": sent,
+        "recovered": recovered,
+        "distinct": distinct,
+        "distinct_recovered": named,
+        "public_tokens": public.size,
+        "in_public_text": round(float(np.isin(secret, public).mean()), 4),  # the others no statistics can name
+    }
+    return Outcome(recovered[-1], figures)
+
+
+def _same_statistics(scene: Scene) -> Scene:
+    return replace(scene, text=replace(scene.text, public=scene.text.secret))
+
+
+FREQUENCY = Attack(
+    name="traffic-frequency",
+    title="Traffic as a substitution cipher",
+    knows="the tokenizer, and a public text on the same subject (other chapters of the same manual, a case that "
+    "favours the attacker); no weights and no table",
+    after="tokens of the whole secret text",
+    source="frequency analysis (al-Kindi); quadratic assignment on bigrams, Vogelstein et al., PLOS ONE 2015",
+    run=read_frequencies,
+    # No protection has no bearing on a cipher of labels: the control's statistics are those of the text itself.
+    control=lambda scene: read_frequencies(_same_statistics(scene), ()),
+)
+
+# --- A tied classifier is the table of inputs ---
+
+SCORED = 1_000
+PAIRS = 3  # vectors to solve from, for each feature: enough that some may be matched wrongly
+ROUNDS = 5
+
+
+def nearest_rows(vectors: Array, rows: Array) -> tuple[Index, npt.NDArray[np.bool_]]:
+    """For vectors [n, hidden] the nearest of rows [vocab, hidden] by cosine, and whether both agree."""
+    mine, theirs = _directions(vectors), _directions(rows)
+    alike = mine @ theirs.T  # [n, vocab]
+    nearest: Index = alike.argmax(axis=1)
+    return nearest, alike[:, nearest].argmax(axis=0) == np.arange(len(vectors))
+
+
+def _directions(rows: Array) -> Real:
+    unit: Real = (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+    return unit
+
+
+def undo_gain(vectors: Array, rows: Array) -> Array:
+    """Classifier rows [vocab, hidden] in the coordinates of distinct input vectors [n, hidden] of a tied model.
+
+    A scheme that folds the last norm's gain g turns rows e into e·diag(g)·Q beside inputs e·Q. Pairs that are each
+    other's nearest give Qᵀ·diag(1/g)·Q by least squares, once there are more of them than features.
+    """
+    mended = rows
+    for _ in range(ROUNDS):
+        nearest, mutual = nearest_rows(vectors, mended)
+        if mutual.sum() <= rows.shape[1]:
+            break
+        pairs = rows[nearest[mutual]].astype(np.float64), vectors[mutual].astype(np.float64)
+        solved, *_ = np.linalg.lstsq(*pairs, rcond=None)
+        before, mended = mended, (rows @ solved).astype(np.float32)
+        if np.abs(mended - before).max() < 1e-4 * np.abs(mended).max():
+            break
+    return mended
+
+
+def distinct_vectors(vectors: Array) -> Array:
+    """One vector [distinct, hidden] for each label of traffic [n, hidden]."""
+    _, first = np.unique(labels(vectors), return_index=True)
+    chosen: Array = vectors[first]
+    return chosen
+
+
+def needs_tied(scene: Scene) -> str | None:
+    """For attacks on a classifier that is also the table of inputs."""
+    if reason := needs_base(scene) or needs_cloud_head(scene):
+        return reason
+    assert scene.base is not None
+    return None if scene.base.config.tie_word_embeddings else "the model is not tied: inputs and classifier differ"
+
+
+def match_head(scene: Scene) -> Outcome:
+    """Names the classifier's row of every vector that travels."""
+    rows = scene.target.weights.read(scene.family.classifier).numpy()
+    sent = scene.sent(scene.text.secret)
+    assert scene.target.key.vocab is not None
+    truth = np.argsort(scene.target.key.vocab)[scene.text.secret[:SCORED]]  # the row of each token
+    nearest, _ = nearest_rows(sent[:SCORED], rows)
+    traffic = distinct_vectors(sent)[: PAIRS * rows.shape[1]]
+    mended = undo_gain(traffic, rows)
+    after, _ = nearest_rows(sent[:SCORED], mended)
+    exact = np.linalg.norm(mended[after] - sent[:SCORED], axis=1) < 1e-3 * np.linalg.norm(sent[:SCORED], axis=1)
+    figures = {
+        "matched_before_undoing_gain": round(float((nearest == truth).mean()), 4),
+        "rows_equal_to_inputs": round(float(exact.mean()), 4),
+        "distinct_vectors_used": len(traffic),
+        "follows": "each classifier row is the input vector of its own token: the cloud can feed the model its own "
+        "answers, a complete model over a secretly renamed vocabulary (theft-own-table)",
+    }
+    return Outcome(float((after == truth).mean()), figures)
+
+
+TIED_HEAD = Attack(
+    name="tied-head",
+    title="Inputs matched to rows of the tied classifier",
+    knows="that the model is tied; neither its table nor its weights",
+    after="sent tokens matched to their own classifier row: which answers are which prompts' tokens, not their names",
+    source="Press and Wolf, arXiv 1608.05859 (tying); the gain undone by least squares is ours",
+    run=match_head,
+    applies=needs_tied,
+)
+
+# --- Sizes on the line ---
+
+RECORD, RECORD_OVERHEAD = 2**14, 22  # TLS 1.3: bytes in a record, and what it adds (RFC 8446 §5.2, AES-GCM)
+PIECE = 4 * 2**20 - 1024  # bytes of embeddings in one Append, as the device cuts a long prompt by default
+TOP_K = 256
+PROMPTS = 400  # paragraphs that are sent
+
+
+def on_the_line(frame: bytes, *, masked: bool) -> int:
+    """Bytes that an observer counts for a frame: WebSocket header (RFC 6455 §5.2) and TLS records."""
+    length = len(frame)
+    length += (2 if length < 126 else 4 if length < 2**16 else 10) + (4 if masked else 0)
+    return length + RECORD_OVERHEAD * -(-length // RECORD)
+
+
+def rows_in(size: int, width: int) -> int:
+    """Embeddings of `width` bytes in an Append of which an observer counted `size` bytes."""
+    inside = size - RECORD_OVERHEAD * -(-size // (RECORD + RECORD_OVERHEAD))
+    return inside // width  # what else is in the frame is narrower than one embedding
+
+
+def exchange(prompt: int, answer: int, hidden: int, dtype: np.dtype[np.generic]) -> tuple[list[int], list[int]]:
+    """Sizes on the line, up and down, of a prompt and an answer of so many tokens, decoded one at a time."""
+    up, down, held = [], [], 0
+    piece = PIECE // (hidden * dtype.itemsize)
+    pieces = [min(piece, prompt - start) for start in range(0, prompt, piece)] + [1] * (answer - 1)
+    for seq, tokens in enumerate(pieces):
+        rows = int(held + tokens >= prompt)  # a piece before the last asks for nothing
+        append = Append(seq=seq, keep=held, rows=rows, top_k=TOP_K, tensors=(np.zeros((tokens, hidden), dtype),))
+        held += tokens
+        reply = (np.zeros((rows, TOP_K), dtype), np.zeros((rows, TOP_K), np.uint32), np.zeros((rows, 2), np.float32))
+        up.append(on_the_line(encode(append), masked=True))
+        down.append(on_the_line(encode(Logits(seq=seq, kv_length=held, tensors=reply)), masked=False))
+    return up, down
+
+
+def read_sizes(up: list[int], down: list[int], width: int) -> tuple[int, int]:
+    """Tokens of prompt and answer. The first reply with rows in it ends the prompt; each after it brings a token."""
+    first = next(i for i, size in enumerate(down) if size > TOP_K)
+    return sum(rows_in(size, width) for size in up[: first + 1]), len(down) - first
+
+
+def read_lengths(scene: Scene) -> Outcome:
+    """Prompt and answer lengths from sizes, and how often they single out one paragraph of all there are."""
+    hidden = scene.target.key.hidden_size
+    dtype = np.dtype(np.float16 if scene.target.dtype.itemsize == 2 else np.float32)
+    lengths = [paragraph.size for paragraph in scene.text.paragraphs]
+    talks = list(pairwise(lengths))  # a paragraph, answered by the next
+    chosen = np.random.default_rng(0).choice(len(talks), min(PROMPTS, len(talks)), replace=False)
+    read = [read_sizes(*exchange(talks[i][0], talks[i][1], hidden, dtype), hidden * dtype.itemsize) for i in chosen]
+    prompts = [seen == talks[i][0] for i, seen in zip(chosen, (one[0] for one in read), strict=True)]
+    answers = [seen == talks[i][1] for i, seen in zip(chosen, (one[1] for one in read), strict=True)]
+    alone, both = [first for first, _ in talks], talks
+    figures = {
+        "prompts": len(chosen),
+        "candidates": len(talks),
+        "answer_length_exact": float(np.mean(answers)),
+        "singled_out_by_prompt_length": float(np.mean([alone.count(one[0]) == 1 for one in read])),
+        "singled_out_by_both_lengths": float(np.mean([both.count(one) == 1 for one in read])),
+        "bytes_up_a_token": hidden * dtype.itemsize,
+        "without": "drafts (an Append then carries the drafted tokens too) and other traffic on the line",
+    }
+    return Outcome(float(np.mean(prompts)), figures)
+
+
+LENGTHS = Attack(
+    name="lengths-and-timing",
+    title="Lengths from sizes on the line",
+    knows="the width of an embedding; sees TLS records alone. Timing is not used: each token is a frame, so sizes do",
+    after="prompts whose length in tokens is read exactly",
+    source="Chen et al., IEEE S&P 2010 (side channels in web applications); Weiss et al., USENIX Security 2024",
+    run=read_lengths,
+    applies=lambda scene: None if len(scene.text.paragraphs) > 1 else "the text is not cut into paragraphs",
+)
+
+ATTACKS = (FREQUENCY, TIED_HEAD, LENGTHS)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -10,6 +11,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from shared.key import Index
+
+PROMPT = "I'm a language model,"  # what the paper asks of a stolen model (STIP, table 4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +23,8 @@ class Text:
     secret: Index  # [tokens]
     passages: tuple[str, ...]  # the secret text, piece by piece
     paragraphs: tuple[Index, ...] = ()  # and paragraph by paragraph, as prompts are
+    prompt: Index = field(default_factory=lambda: np.zeros(1, np.int64))  # PROMPT [tokens]
+    decode: Callable[[Index], str] = lambda ids: ""  # text of ids
 
 
 def read_text(tokenizer: Path) -> Text:
@@ -33,4 +38,11 @@ def read_text(tokenizer: Path) -> Text:
 
     public, secret = passages[::2], passages[1::2]
     paragraphs = [cut.strip() for passage in secret for cut in passage.split("\n\n")]
-    return Text(np.concatenate(ids(public)), np.concatenate(ids(secret)), tuple(secret), tuple(ids(paragraphs)))
+    return Text(
+        np.concatenate(ids(public)),
+        np.concatenate(ids(secret)),
+        tuple(secret),
+        tuple(ids(paragraphs)),
+        ids([PROMPT])[0],
+        lambda some: str(reference.decode(some.tolist())),
+    )

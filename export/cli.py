@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from shared.command import debug_option, run
+from shared.errors import AuditError
 from shared.levels import SCHEMES, limit
 from shared.manifest import DeviceManifest, check_files, read_manifest
 
@@ -34,16 +35,27 @@ def main() -> None:
     inspect = commands.add_parser("inspect", help="what a device bundle is, secrets never shown", parents=common)
     inspect.add_argument("folder", type=Path, metavar="OUT/device")
     inspect.set_defaults(command=_inspect)
+
+    audit = commands.add_parser("audit", help="attack an export as the cloud would, and measure", parents=common)
+    audit.add_argument("folder", type=Path, metavar="OUT", help="both halves of an export; the report goes there too")
+    audit.add_argument("--model", metavar="MODEL", help="the public base model that the attacker has")
+    audit.add_argument("--attack", action="append", default=[], metavar="NAME", help="run this one alone (repeatable)")
+    audit.add_argument("--json", action="store_true", help="print the report as JSON")
+    audit.set_defaults(command=_audit)
     run(parser)
 
 
-def _model(arguments: argparse.Namespace) -> None:
+def _quiet() -> None:
     from transformers.utils import logging as transformers_logging
-
-    from export.bundle import export_model
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def _model(arguments: argparse.Namespace) -> None:
+    from export.bundle import export_model
+
+    _quiet()
     report = export_model(
         arguments.model,
         arguments.out,
@@ -86,3 +98,15 @@ def _inspect(arguments: argparse.Namespace) -> None:
         print(f"{key:<16} {value}")
     for name, entry in files.items():
         print(f"{name:<24} {entry['bytes']:>12,} bytes  sha256 {entry['sha256'][:16]}…  intact")
+
+
+def _audit(arguments: argparse.Namespace) -> None:
+    from export.audit.report import table, to_json, warnings
+    from export.audit.run import audit
+
+    _quiet()
+    report = audit(arguments.folder, arguments.model, arguments.attack)
+    print(to_json(report).decode() if arguments.json else table(report))
+    print(f"stip-export: written to {arguments.folder}/audit.json and audit.html", file=sys.stderr)
+    if unsound := warnings(report):
+        raise AuditError(unsound[0], hint="its figure says nothing; please report this")

@@ -162,7 +162,7 @@ def _plain(scene: Scene) -> Target:
     base = scene.base
     assert base is not None
     key = UserKey("plain", np.arange(scene.table.shape[1]), np.arange(scene.table.shape[0]))
-    return Target("none", "cloud", base, torch.float32, key)
+    return Target("none", "cloud", base, torch.float32, key, scene.table)
 
 
 UNAUTHORIZED = Attack(

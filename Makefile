@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PROMPT ?=
 
-.PHONY: demo test test-all lint bench bench-equivalence bench-export clean
+.PHONY: demo test test-all lint bench bench-levels bench-audit bench-equivalence bench-export clean
 
 # torch first and pinned: left to itself, pip may take a build with gigabytes of CUDA libraries.
 .venv/installed: pyproject.toml constraints.txt
@@ -32,9 +32,19 @@ lint: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.decode
 
+# what the stronger levels cost, side by side
+bench-levels: .venv/installed
+	$(BIN)/python -m benchmarks.levels
+
+# every attack at every level: the figures of SECURITY.md
+bench-audit: .venv/installed
+	$(BIN)/python -m benchmarks.audit
+
 # 20 prompts × 64 tokens against generate(), and sampling from top rows against full rows
 bench-equivalence: .venv/installed
 	$(BIN)/python -m benchmarks.equivalence
+	$(BIN)/python -m benchmarks.equivalence --scheme rotation
+	$(BIN)/python -m benchmarks.equivalence --scheme rotation --head device
 
 # a random 1-billion-parameter checkpoint: peak memory of its export
 bench-export: .venv/installed

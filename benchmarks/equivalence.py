@@ -3,10 +3,13 @@
 1. Greedy: 20 prompts × 64 tokens through the websocket at default settings, against transformers' generate().
 2. Logits: every full row of those answers, against the original model in one forward.
 3. Sampled at several settings: tokens drawn from top rows, against those drawn from full rows with the same seed.
+
+--scheme and --head choose the level. With the classifier on the device every row is full, and 3. compares nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -25,9 +28,11 @@ from device_app.connection import Address, Connection
 from device_app.sampler import Row, Sampler, Sampling
 from device_app.session import Session
 from examples.smollm2 import smollm2_gguf
+from shared.levels import SCHEMES
 
 TOKENS = 64
 TOP_K = 256
+DEFAULT = ("permutation", "cloud")
 SAMPLINGS = (
     Sampling(temperature=0.5, top_p=0.95, seed=1),
     Sampling(temperature=1.0, top_p=0.9, min_p=0.02, seed=2),
@@ -42,7 +47,7 @@ class Stip:
     """The three parties, up to revealed rows."""
 
     def __init__(self, bundle: Bundle, url: str) -> None:
-        session = Session(bundle.key, bundle.embed, served_name=bundle.manifest.served_name)
+        session = Session(bundle.key, bundle.embed, served_name=bundle.manifest.served_name, classify=bundle.classify)
         self.connection = Connection(session, Address(url))
         self.vocab_size = bundle.manifest.vocab_size
         self.drawn = self.fetched = 0
@@ -68,16 +73,22 @@ class Stip:
 
 def main() -> None:
     """Prints the figures, writes them, and fails if a claim does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scheme", choices=SCHEMES, default="permutation")
+    parser.add_argument("--head", choices=("cloud", "device"), default="cloud")
+    options = parser.parse_args()
+    level = ["--scheme", options.scheme, "--head", options.head]
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "smollm2"
-        run([sys.executable, "-m", "export", "model", smollm2_gguf(), "--out", out, "--dtype", "float32"])
+        run([sys.executable, "-m", "export", "model", smollm2_gguf(), "--out", out, "--dtype", "float32", *level])
         bundle = Bundle.open(out / "device")
         serve: list[str | Path] = [sys.executable, "-m", "cloud_backend", "serve", out / "cloud", "--port", "0"]
         with listening(serve, log="stderr") as url:
-            figures = measure(bundle, Stip(bundle, url))
+            figures = {"scheme": options.scheme, "head": options.head} | measure(bundle, Stip(bundle, url))
     print(json.dumps(figures, indent=2))
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "equivalence.json").write_text(json.dumps(figures, indent=2) + "\n")
+    name = "-".join(["equivalence", *(part for part in (options.scheme, options.head) if part not in DEFAULT)])
+    (RESULTS / f"{name}.json").write_text(json.dumps(figures, indent=2) + "\n")
     if figures["greedy"]["differing"] > figures["greedy"]["excused"] or figures["max_logit_difference"] > 1e-3:
         sys.exit("bench: error: the protected model does not compute what the original computes")
     if any(row["equal"] != row["answers"] for row in figures["sampled"]):
@@ -96,7 +107,9 @@ def measure(bundle: Bundle, stip: Stip) -> dict[str, Any]:
         "model": "SmolLM2-135M-Instruct, float32",
         "greedy": greedy,
         "max_logit_difference": worst,
-        "sampled": [compare_sampled(stip, prompts[:6], sampling) for sampling in SAMPLINGS],
+        "sampled": [
+            compare_sampled(stip, prompts[:6], sampling) for sampling in SAMPLINGS if bundle.manifest.head == "cloud"
+        ],
     }
 
 

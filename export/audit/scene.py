@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from export.audit.corpus import Text, read_text
-from export.families import Dropped, Family, Structure, family_of, normalized
+from export.families import Dropped, Family, Structure, family_of
 from export.permutation import Permutation
 from export.scheme import RandomBytes
 from export.shards import Shards
@@ -110,15 +111,21 @@ def open_scene(out: Path, model: str | None) -> Scene:
     )
     family = family_of(config)
     table = target.table
-    base = None if model is None else public(open_source(model), family)
-    if base is not None:
+    base = None
+    if model is not None:
+        base = public(open_source(model), family)
+        _check_kinship(model, base, dict(target.weights.shapes) | {family.embedding: table.shape})
         table = base.read(family.embedding).numpy()
-    if table.shape != (device.vocab_size, device.hidden_size):
-        raise AuditError(
-            f"model {model}: seen a table of {table.shape}, wanted {(device.vocab_size, device.hidden_size)}",
-            hint="give the public model that the export is, or is a fine-tune of",
-        )
     return Scene(target, family, table, base, read_text(out / "device" / "tokenizer.json"))
+
+
+def _check_kinship(model: str, base: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in shapes.items():
+        if base.shapes.get(name) != shape:
+            raise AuditError(
+                f"model {model}: {name}: seen {base.shapes.get(name) or 'no such tensor'}, wanted {shape}",
+                hint="give the public model that the export is, or is a fine-tune of",
+            )
 
 
 def _table(device: Path, vocab_size: int) -> Array:
@@ -154,17 +161,14 @@ def unprotected(scene: Scene) -> Target:
         return scheme.act(name, read(name), axes, read).to(scene.target.dtype).float()
 
     shapes = {name: shape for name, shape in known.shapes.items() if name != scene.family.embedding}
+    config = copy.deepcopy(known.config)
+    config.tie_word_embeddings = False
     return Target(
         "none",
         "cloud",
-        Weights(scene.target.weights.config, shapes, backwards),
+        Weights(config, shapes, backwards),
         scene.target.dtype,
         scheme.user_key("unprotected"),
         scene.table,
     )
 
-
-def layers_of(scene: Scene) -> int:
-    """Layers of the model."""
-    layers: int = normalized(scene.target.weights.config).num_layers
-    return layers

@@ -84,7 +84,8 @@ def by_moments(pairs: list[Pair]) -> Array:
     """No row is matched at first: second moments WᵀW turn with the basis, so their eigenvectors do, up to signs.
 
     The signs follow from single layers' moments: in the common eigenbasis, entry (i, j) carries sign i times sign j,
-    and the leading eigenvector of all those products, scaled to unit row sums, has the signs (arXiv 0905.3174).
+    and the leading eigenvector of all those products, scaled to unit row sums, has the signs (arXiv 0905.3174): all of
+    them or all of them turned round, which the rows tell apart.
     """
     public = [_moments(pair.public) for pair in pairs]
     hidden = [_moments(pair.hidden) for pair in pairs]
@@ -95,7 +96,8 @@ def by_moments(pairs: list[Pair]) -> Array:
     agreement.fill_diagonal_(0)
     scale = agreement.abs().sum(1).rsqrt()
     signs = torch.linalg.eigh(scale[:, None] * agreement * scale)[1][:, -1].sign()
-    return refine(pairs, ((vectors * signs) @ turned.T).float().numpy())
+    basis = ((vectors * signs) @ turned.T).float().numpy()
+    return refine(pairs, min(basis, -basis, key=lambda one: misfit(pairs, one)))
 
 
 def _moments(rows: Array) -> torch.Tensor:

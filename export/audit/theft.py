@@ -65,6 +65,7 @@ def classifier_space(rows: Real) -> Array:
     """
     _, values, basis = np.linalg.svd(rows.astype(np.float64), full_matrices=False)
     drop = values[:-1] / np.maximum(values[1:], 1e-12 * values[0])
+    drop[values[1:] > 1e-4 * values[0]] = 0  # what is left after the rank is rounding
     kept: Array = basis[: int(drop.argmax()) + 1]
     return kept
 
@@ -194,8 +195,9 @@ def run_on_own_table(scene: Scene) -> Outcome:
     """The stolen model in its own, renamed vocabulary: nothing but names should be missing."""
     assert scene.target.key.vocab is not None
     ids = windows(scene.text.secret, WINDOWS, WINDOW)
-    logits = forward(_original(scene), scene.table[ids])
+    logits = forward(_original(scene), scene.table[ids])  # the original is gone before the stolen one comes
     expected, original = logits.argmax(-1), perplexity(logits, ids)
+    del logits
     renamed = np.argsort(scene.target.key.vocab)  # the row of each token
     model = scene.target.weights.model()
     table, rows = own_table(scene), scene.target.weights.read(scene.family.classifier).numpy()

@@ -1,0 +1,101 @@
+"""Each theft works where nothing protects, and stops working when its key step is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from export.audit import theft
+from export.audit.attack import Attack, carry_out
+from export.audit.scene import Scene, open_scene
+from export.bundle import export_model
+from shared.key import Index
+from shared.wire import Array
+from tests.conftest import TINY, tiny_tokenizer
+
+
+def trained(folder: Path, text: Index, steps: int = 60) -> Path:
+    """A tiny tied checkpoint that has learnt something, as there is nothing to steal in a random one."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(TINY["llama-tied"], dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    lessons = torch.from_numpy(theft.windows(text, 8 * steps, 64))
+    for step in range(steps):
+        optimizer.zero_grad()
+        lesson = lessons[8 * step : 8 * step + 8]
+        model(input_ids=lesson, labels=lesson).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1 + 0.2 * torch.randn(48))  # a gain that is worth undoing
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["permutation", "rotation"])
+def scene(
+    request: pytest.FixtureRequest,
+    tiny_exports: Callable[[str], Path],
+    tiny_checkpoints: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Scene]:
+    text = open_scene(tiny_exports("llama-tied"), None).text
+    folder = tmp_path_factory.mktemp("trained")
+    checkpoint = trained(folder / "checkpoint", text.public)
+    export_model(str(checkpoint), folder / "export", scheme=request.param)
+    opened = open_scene(folder / "export", str(checkpoint))
+    short = replace(opened.text, secret=opened.text.secret[:6_000], public=opened.text.public[:6_000])
+    yield replace(opened, text=short)
+    theft.yardsticks.cache_clear()
+
+
+@pytest.mark.parametrize("attack", theft.ATTACKS, ids=lambda attack: str(attack.name))
+def test_the_control_succeeds(attack: Attack, scene: Scene) -> None:
+    finding = carry_out(attack, scene)
+    assert finding.skipped is None
+    assert finding.control is not None and finding.control >= 0.99
+
+
+def random_space(rows: Array) -> Array:
+    basis, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((rows.shape[1], 48)))
+    return basis.T
+
+
+def plain_tables(scene: Scene, *, keyed: bool) -> tuple[Array, Array]:
+    return scene.table, scene.target.weights.read(scene.family.classifier).numpy()
+
+
+BROKEN = [
+    (theft.FULL_LOGITS, "classifier_space", random_space),
+    (theft.UNAUTHORIZED, "enter", lambda scene, ids: scene.table[ids][..., ::-1].copy()),
+    (theft.OWN_TABLE, "own_table", lambda scene: scene.table),
+    (theft.FINE_TUNING, "thief_tables", plain_tables),
+]
+
+
+@pytest.mark.parametrize(("attack", "step", "wrong"), BROKEN, ids=lambda value: getattr(value, "name", None))
+def test_the_control_fails_when_a_step_is_broken(
+    attack: Attack, step: str, wrong: Callable[..., object], scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(theft, step, wrong)
+    finding = carry_out(attack, scene)
+    assert finding.control is not None and finding.control < 0.9
+
+
+def test_a_tied_model_is_stolen_whole_but_for_names(scene: Scene) -> None:
+    outcome = theft.run_on_own_table(scene)
+    assert outcome.share >= 0.99
+    stolen = outcome.figures["perplexity_stolen_in_renamed_ids"]
+    assert stolen == pytest.approx(outcome.figures["perplexity_original"], rel=0.01)
+
+
+def test_full_rows_tell_the_hidden_size(scene: Scene) -> None:
+    outcome = theft.read_classifier(scene)
+    assert outcome.figures["rank"] == outcome.figures["hidden_size"]
+    assert outcome.share >= 0.99

@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.spatial.distance import cdist
 
-from export.audit.scene import Scene, Weights, layers_of
+from export.audit.scene import Scene, Weights
+from export.families import normalized
 
 Values = npt.NDArray[np.floating[Any]]
 Draws = np.random.Generator
@@ -312,7 +313,7 @@ def _parameters(scene: Scene, base: Weights, draws: Draws) -> Iterator[dict[str,
 
 def _sample(scene: Scene, base: Weights) -> list[str]:
     """Parameters of the middle layer and those outside layers, that both sides have in the same shape."""
-    middle = layers_of(scene) // 2
+    middle = normalized(scene.target.weights.config).num_layers // 2
 
     def wanted(name: str, shape: tuple[int, ...]) -> bool:
         layer = re.search(r"\.(\d+)\.", name)

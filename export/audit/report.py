@@ -17,6 +17,7 @@ import torch
 from export.audit.attack import Finding
 from export.audit.scene import Scene
 from shared.errors import AuditError
+from shared.manifest import DeviceManifest
 
 FORMAT: Literal["stip-audit-1"] = "stip-audit-1"
 SOUND = 0.99  # what an attack must get where nothing protects, or its figure says nothing
@@ -52,6 +53,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     machine: Machine
     seconds: float  # of the whole audit
     peak_memory_bytes: int  # resident, of the process
+    check: dict[str, Any] = {}  # the equivalence check that ended the export
     findings: tuple[Finding, ...]
     measures: dict[str, Any] = {}
 
@@ -61,13 +63,14 @@ def make_report(
     findings: Iterable[Finding],
     measures: dict[str, Any],
     *,
-    served_name: str,
+    manifest: DeviceManifest,
     model: str | None,
     seconds: float,
 ) -> Report:
     """The report on a scene. `model` is what the command line gave: a hub id, folder or file."""
     return Report(
-        served_name=served_name,
+        served_name=manifest.served_name,
+        check=manifest.check,
         scheme=scene.target.scheme,
         head=scene.target.head,
         dtype=str(scene.target.dtype).removeprefix("torch."),

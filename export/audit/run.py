@@ -45,7 +45,7 @@ def audit(out: Path, model: str | None = None, names: Sequence[str] = ()) -> Rep
         scene,
         findings,
         {} if names else measure(scene),
-        served_name=read_manifest(out / "device", DeviceManifest).served_name,
+        manifest=read_manifest(out / "device", DeviceManifest),
         model=model,
         seconds=time.monotonic() - started,
     )

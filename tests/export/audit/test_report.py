@@ -21,6 +21,7 @@ from export.audit.report import (
 )
 from export.audit.scene import open_scene
 from shared.errors import AuditError
+from shared.manifest import DeviceManifest, read_manifest
 from tests.export.audit.findings import CURVES, MEASURES, finding, report
 
 
@@ -123,8 +124,9 @@ def test_a_model_is_named_without_its_folders(model: str, name: str) -> None:
 
 
 def test_the_report_on_an_export(tiny: Path) -> None:
+    manifest = read_manifest(tiny / "device", DeviceManifest)
     made = make_report(
-        open_scene(tiny, None), [finding("a", 1.0)], {}, served_name="car", model="/a/secret/base", seconds=1.0
+        open_scene(tiny, None), [finding("a", 1.0)], {}, manifest=manifest, model="/a/secret/base", seconds=1.0
     )
     assert (made.scheme, made.head, made.dtype, made.model) == ("permutation", "cloud", "float32", "base")
     assert b"secret" not in to_json(made) and b"sec" in to_json(made)

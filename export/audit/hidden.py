@@ -17,8 +17,8 @@ from export.audit.attack import Attack, Outcome, needs_base
 from export.audit.scene import Scene, Weights
 from shared.key import Index
 
-LAYERS = 3  # whose outputs are seen
-PREFIX = 16  # tokens of each prompt
+LAYERS = 2  # whose outputs are seen
+PREFIX = 12  # tokens of each prompt
 PROMPTS = 2
 BATCH = 512  # candidates tried at a time, those first that the language model expects
 GOOD_ENOUGH = 0.02  # a misfit that ends the search
@@ -74,6 +74,8 @@ class Reader:
     def __init__(self, scene: Scene) -> None:
         assert scene.base is not None
         self._table = torch.from_numpy(scene.table)
+        counts = np.bincount(scene.text.public, minlength=len(scene.table))
+        self._common_first = torch.from_numpy(np.argsort(-counts, kind="stable"))
         self._states = States(shallow(scene.base, LAYERS))
         self._language = scene.base.model()
         self.tried = 0
@@ -96,7 +98,7 @@ class Reader:
     def _expected(self, found: list[int]) -> torch.Tensor:
         """All tokens, those first that the language model expects next."""
         if not found:
-            return torch.arange(len(self._table))
+            return self._common_first
         logits = self._language(inputs_embeds=self._table[found][None], logits_to_keep=1).logits[0, -1]
         order: torch.Tensor = logits.argsort(descending=True)
         return order

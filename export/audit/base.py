@@ -209,7 +209,9 @@ def fine_tuned(scene: Scene, strength: float) -> Scene:
         values = base.read(name)
         if values.ndim < 2 or not strength:
             return values
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        tied = name == scene.family.classifier and base.config.tie_word_embeddings
+        seed = zlib.crc32((scene.family.embedding if tied else name).encode())
+        generator = torch.Generator().manual_seed(seed)
         return values + strength * values.std() * torch.randn(values.shape, generator=generator)
 
     return replace(scene, base=replace(base, read=read), table=read(scene.family.embedding).numpy())

@@ -25,7 +25,8 @@ GOOD_ENOUGH = 0.02  # a misfit that ends the search
 
 
 def shallow(weights: Weights, layers: int) -> Any:
-    """The stock model's first layers."""
+    """The stock model's first layers, or all where it has fewer."""
+    layers = min(layers, weights.config.num_hidden_layers)
     config = copy.deepcopy(weights.config)
     config.num_hidden_layers = layers
     beyond = tuple(f".layers.{layer}." for layer in range(layers, weights.config.num_hidden_layers))
@@ -129,7 +130,9 @@ def _vocabulary_matching(scene: Scene) -> Outcome:
         seen, _ = cloud(torch.from_numpy(scene.sent(ids))[None])
         right += int((reader.read(seen[0]) == ids).sum())
         tokens += len(ids)
-    return Outcome(right / tokens, {"tokens": tokens, "tried_per_token": reader.tried / tokens, "layers": LAYERS})
+    return Outcome(
+        right / tokens, {"tokens": tokens, "tried_per_token": reader.tried / tokens, "layers": seen.shape[2]}
+    )
 
 
 ATTACKS = (

@@ -141,6 +141,11 @@ def _within(plain: Array, table: Array) -> Array:
     return projected
 
 
+def match_columns(hidden: Array, plain: Array) -> Index:
+    """The feature that each position holds, if what was done to the rows of `plain` is a permutation."""
+    return nearest(hidden.T, plain.T)
+
+
 def _known_prompt(scene: Scene) -> Outcome:
     secret = scene.text.secret
     later = secret[TOKENS : TOKENS + LATER]
@@ -151,8 +156,7 @@ def _known_prompt(scene: Scene) -> Outcome:
         known = secret[:count]
         hidden, plain = scene.sent(known), scene.table[known]
         recovered.append(float((decode_by_known(sent, hidden, plain, scene.table) == later).mean()))
-        columns = nearest(hidden.T, plain.T)  # position j holds feature columns[j], if it is a permutation
-        order.append(float((nearest(sent, scene.table[:, columns]) == later).mean()))
+        order.append(float((nearest(sent, scene.table[:, match_columns(hidden, plain)]) == later).mean()))
     best = [max(pair) for pair in zip(recovered, order, strict=True)]
     return Outcome(
         best[counts.index(KNOWN_PROMPT)],

@@ -33,6 +33,7 @@ from cloud_backend.tokens import Tokens, add_token
 from export.bundle import export_model
 from shared import wire
 from shared.errors import UsageError
+from shared.levels import limit
 from tests.cloud_backend.device import PATIENCE, Device, close_code, decode_greedily, dial, engine_step, open_of, table
 from tests.conftest import RunningCloud, run_cloud, run_cloud_process
 
@@ -534,6 +535,15 @@ def command(
     with pytest.raises(SystemExit) as ended:
         main()
     return ended.value.code, capsys.readouterr().err.splitlines()  # type: ignore[return-value]
+
+
+def test_serve_says_the_limit_of_each_protection(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "stip.cloud")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command(monkeypatch, capsys, "serve", tiny / "cloud", "--port", taken.getsockname()[1])
+    assert f"llama: {limit('permutation')}" in caplog.messages
 
 
 @pytest.fixture(scope="module")

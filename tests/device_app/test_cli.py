@@ -30,6 +30,7 @@ from device_app.bundle import Bundle
 from device_app.cli import main
 from device_app.sampler import Sampling
 from shared.errors import BundleError
+from shared.levels import limit
 from tests.conftest import RunningCloud, open_assistant, run_cloud
 
 SECRET = "my secret illness"
@@ -98,6 +99,11 @@ def test_a_prompt_is_answered_on_stdout_and_all_else_goes_to_stderr(tiny: Path, 
     assert result.stdout == expected.text + "\n"
     assert re.search(r"20 tokens, .* left the device: \d+ permuted vectors .* no text", result.stderr)
     assert "the cat" not in result.stderr
+
+
+def test_the_limit_of_the_protection_is_said_first(tiny: Path, cloud: RunningCloud) -> None:
+    result = called("chat", tiny / "device", "--url", cloud.url, "-p", "the cat", "--max-tokens", 2)
+    assert result.stderr.splitlines()[0] == f"stip-device: {limit('permutation')}"
 
 
 def test_json_is_one_object_with_the_figures(tiny: Path, cloud: RunningCloud) -> None:

@@ -12,11 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from device_app.bundle import Bundle
 from export.families import LLAMA, Dropped, Fixed, family_of
+from export.scheme import SchemeName
 from export.shards import Shards
 from shared.errors import FamilyError
 from tests.conftest import TINY, make_checkpoint, run_cloud
 
 KINDS = list(TINY)
+SCHEMES: list[SchemeName] = ["permutation", "rotation"]
 IDS = [1, 17, 200, 3, 3, 90, 319, 42, 5, 6, 250, 17, 100, 7, 301, 2]
 
 
@@ -36,40 +38,47 @@ def plain_logits(checkpoint: Path, dtype: torch.dtype) -> np.ndarray:
         return model(torch.tensor([IDS])).logits[0].float().numpy()
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32_logits_are_the_originals(
-    kind: str, tiny_checkpoints: Callable[[str], Path], tiny_exports: Callable[[str], Path]
+    kind: str, scheme: SchemeName, tiny_checkpoints: Callable[[str], Path], tiny_exports: Callable[..., Path]
 ) -> None:
     expected = plain_logits(tiny_checkpoints(kind), torch.float32)
-    seen = revealed_logits(tiny_exports(kind), torch.float32)
+    seen = revealed_logits(tiny_exports(kind, scheme), torch.float32)
     assert np.abs(seen - expected).max() <= 1e-4 * np.abs(expected).max()
     assert (seen.argmax(-1) == expected.argmax(-1)).all()
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_logits_agree_within_its_rounding(
-    kind: str, tiny_checkpoints: Callable[[str], Path], tiny_exports: Callable[[str], Path]
+    kind: str, scheme: SchemeName, tiny_checkpoints: Callable[[str], Path], tiny_exports: Callable[..., Path]
 ) -> None:
     # Permuting is exact in any dtype; what differs is the order of sums, hence the rounding of each. So the protected
     # model's distance from the float32 truth is another draw of the original's own: the two differ at most by the sum
-    # of their distances (triangle inequality), and their mean distances are alike.
+    # of their distances (triangle inequality), and their mean distances are alike. A rotation computes new
+    # weights before it rounds, so that its roundings are as many, though all of them others; folded gains save one.
+    # Seen over all kinds and three draws of each: mean errors of 0.71 to 0.94 of the original's.
     truth = plain_logits(tiny_checkpoints(kind), torch.float32)
     plain = plain_logits(tiny_checkpoints(kind), torch.bfloat16)
-    seen = revealed_logits(tiny_exports(kind), torch.bfloat16)
+    seen = revealed_logits(tiny_exports(kind, scheme), torch.bfloat16)
     plain_error, seen_error = np.abs(plain - truth), np.abs(seen - truth)
     assert 0.5 <= seen_error.mean() / plain_error.mean() <= 2.0
-    # Unit roundoff of bfloat16 is 2⁻⁸; through 3 layers errors of single roundings add up to a few of it.
-    assert np.abs(seen - plain).max() <= 8 * 2**-8 * np.abs(truth).max()
+    # Unit roundoff of bfloat16 is 2⁻⁸; through 3 layers errors of single roundings add up to a few of it. Where all
+    # roundings are others, the two errors are independent and may add (seen: up to 8.5 units).
+    units = 8 if scheme == "permutation" else 16
+    assert np.abs(seen - plain).max() <= units * 2**-8 * np.abs(truth).max()
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_tensor_is_in_the_cloud_as_it_was(
-    kind: str, tiny_checkpoints: Callable[[str], Path], tiny_exports: Callable[[str], Path]
+    kind: str, scheme: SchemeName, tiny_checkpoints: Callable[[str], Path], tiny_exports: Callable[..., Path]
 ) -> None:
     import json
 
-    original, cloud = Shards(tiny_checkpoints(kind)), Shards(tiny_exports(kind) / "cloud")
-    unmoved = json.loads((tiny_exports(kind) / "export.json").read_text())["unmoved"]
+    original, cloud = Shards(tiny_checkpoints(kind)), Shards(tiny_exports(kind, scheme) / "cloud")
+    unmoved = json.loads((tiny_exports(kind, scheme) / "export.json").read_text())["unmoved"]
     stored = {name: cloud.read(name) for name in cloud.shapes}
     for name in original.shapes:
         tensor = original.read(name)
@@ -77,6 +86,10 @@ def test_no_tensor_is_in_the_cloud_as_it_was(
             other for other, values in stored.items() if values.shape == tensor.shape and torch.equal(values, tensor)
         ]
         assert same == ([name] if name in unmoved else []), f"{name} is in the cloud unpermuted"
+    if scheme == "rotation":  # gains are in what reads them, and nothing of them is where they were
+        assert all(
+            (stored[name] == 1).all() for name in stored if name.endswith(("layernorm.weight", "model.norm.weight"))
+        )
     # Listed are the norms inside heads, which RoPE fixes, and biases of query and key heads where a draw of few heads
     # kept their order: with 2 key heads every other time.
     assert {name for name in original.shapes if name.endswith(("q_norm.weight", "k_norm.weight"))} <= set(unmoved)
@@ -84,12 +97,13 @@ def test_no_tensor_is_in_the_cloud_as_it_was(
     assert all("RoPE" in reason or "whole heads" in reason for reason in unmoved.values())
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen3"])
 def test_every_axis_that_may_move_has_moved(
-    kind: str, tiny_checkpoints: Callable[[str], Path], tiny_exports: Callable[[str], Path]
+    kind: str, scheme: SchemeName, tiny_checkpoints: Callable[[str], Path], tiny_exports: Callable[..., Path]
 ) -> None:
     # Stronger than the whole tensor: no single row and no single column is where it was, fixed points aside.
-    original, cloud = Shards(tiny_checkpoints(kind)), Shards(tiny_exports(kind) / "cloud")
+    original, cloud = Shards(tiny_checkpoints(kind)), Shards(tiny_exports(kind, scheme) / "cloud")
     for name in cloud.shapes:
         if name not in original.shapes or original.read(name).ndim != 2:
             continue
@@ -122,9 +136,14 @@ def test_an_architecture_without_a_table_is_named() -> None:
         family_of(GPT2Config())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+ROTATED = ["llama-tied", "qwen2", "qwen3-tied", "mistral-window"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme"), [(kind, "permutation") for kind in KINDS] + [(kind, "rotation") for kind in ROTATED]
+)
 def test_the_stock_model_answers_over_the_wire_as_the_original_does(
-    kind: str, tiny_checkpoints: Callable[[str], Path], tiny_exports: Callable[[str], Path]
+    kind: str, scheme: SchemeName, tiny_checkpoints: Callable[[str], Path], tiny_exports: Callable[..., Path]
 ) -> None:
     from tests.conftest import open_assistant
 
@@ -132,7 +151,8 @@ def test_the_stock_model_answers_over_the_wire_as_the_original_does(
     expected = model.generate(
         torch.tensor([IDS]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    with run_cloud(tiny_exports(kind)) as cloud, open_assistant(tiny_exports(kind), cloud.url) as assistant:
+    out = tiny_exports(kind, scheme)
+    with run_cloud(out) as cloud, open_assistant(out, cloud.url) as assistant:
         ids = list(IDS)
         for _ in range(24):
             [row] = assistant._connection.rows(ids, top_k=64)

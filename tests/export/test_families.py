@@ -56,9 +56,9 @@ def test_bfloat16_logits_agree_within_its_rounding(
 ) -> None:
     # Permuting is exact in any dtype; what differs is the order of sums, hence the rounding of each. So the protected
     # model's distance from the float32 truth is another draw of the original's own: the two differ at most by the sum
-    # of their distances (triangle inequality), and their mean distances are alike. A rotation computes new
-    # weights before it rounds, so that its roundings are as many, though all of them others; folded gains save one.
-    # Seen over all kinds and three draws of each: mean errors of 0.71 to 0.94 of the original's.
+    # of their distances (triangle inequality), and their mean distances are alike. A rotation computes new weights
+    # before any is rounded: as many roundings, though all of them others, and folded gains save some. Seen over all
+    # kinds and three draws of each: mean errors of 0.71 to 0.94 of the original's.
     truth = plain_logits(tiny_checkpoints(kind), torch.float32)
     plain = plain_logits(tiny_checkpoints(kind), torch.bfloat16)
     seen = revealed_logits(tiny_exports(kind, scheme), torch.bfloat16)

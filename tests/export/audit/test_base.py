@@ -95,7 +95,7 @@ def test_who_has_the_weights_reads_a_rotation_in_bfloat16(name: str, scenes: Sce
 def test_sorted_entries_align_a_permutation_and_no_rotation(scenes: Scenes) -> None:
     attack = named(ATTACKS, "base-sorted-entries")
     assert attack.run(scenes("llama-tied")).share == 1.0
-    assert attack.run(scenes("llama-tied", "rotation")).share < 0.1
+    assert attack.run(scenes("llama-tied", "rotation")).share < 0.5
 
 
 @pytest.mark.parametrize("name", NAMES)

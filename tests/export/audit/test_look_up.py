@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,8 +63,10 @@ def test_a_known_prompt_reads_on_in_two_ways(
 
 def test_sorted_entries_read_a_permutation_and_no_rotation(scenes: Scenes) -> None:
     attack = named(ATTACKS, "table-sorted-entries")
-    assert attack.run(scenes("llama-tied")).share == 1.0
-    assert attack.run(scenes("llama-tied", "rotation")).share < 0.2
+    # All tokens equally often: one that is a fifth of a text would make a fifth of the score by chance.
+    text = replace(scenes("llama-tied").text, secret=np.tile(np.arange(320), 5))
+    assert attack.run(replace(scenes("llama-tied"), text=text)).share == 1.0
+    assert attack.run(replace(scenes("llama-tied", "rotation"), text=text)).share < 0.1
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -30,8 +30,9 @@ from shared.key import UserKey
 POSITIONS = 64  # a sequence
 # Permuted sums round differently. Through 30 layers of float32 that was 5e-6 of the largest logit; ten times it fails.
 TOLERANCE = 1e-4
-# Rounded new values, in units of roundoff of the largest logit, on average over logits.
-ROUNDING_TOLERANCE = 4.0
+# Rounded new values, in units of roundoff of the largest logit: mean and greatest difference. SmolLM2 came to 0.5 and 4
+# in bfloat16, tiny models to 0.7 and 7; a single row of the classifier out of place is beyond the second.
+ROUNDING_TOLERANCE = 4.0, 64.0
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -76,7 +77,8 @@ def check_equivalence(
     check = _compared(expected, written_logits(cloud, device, ids, head), rounded)
     unit = torch.finfo(dtype).eps / 2
     if rounded:
-        good = check.mean_difference <= ROUNDING_TOLERANCE * unit * check.largest_logit
+        mean, greatest = (units * unit * check.largest_logit for units in ROUNDING_TOLERANCE)
+        good = check.mean_difference <= mean and check.max_difference <= greatest
     else:
         good = check.max_difference <= TOLERANCE * max(1.0, check.largest_logit)
         good = good and check.same_top_token + check.near_ties == check.positions

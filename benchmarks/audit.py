@@ -21,7 +21,6 @@ SECURITY = Path(__file__).resolve().parent.parent / "SECURITY.md"
 BEGIN, END = "<!-- figures: make bench-audit -->\n", "<!-- end of figures -->\n"
 LEVELS = {  # column: scheme, head, dtype
     "permutation": ("permutation", "cloud", "float32"),
-    "permutation, bf16": ("permutation", "cloud", "bfloat16"),
     "rotation": ("rotation", "cloud", "float32"),
     "rotation, bf16": ("rotation", "cloud", "bfloat16"),
     "rotation, head on device": ("rotation", "device", "float32"),
@@ -105,8 +104,138 @@ def _finding(report: Report, name: str) -> Finding:
 
 def _details(reports: dict[str, Report]) -> list[str]:
     plain, turned = reports["permutation"], reports["rotation"]
+    return [
+        *_curve(
+            "Known prompt: share of later tokens read, by tokens known",
+            "tokens known",
+            "known-prompt",
+            "tokens",
+            {"permutation": plain, "rotation": turned},
+        ),
+        *_curve(
+            "Traffic alone, no weights and no table: share of all tokens named, by tokens seen under one key",
+            "tokens seen",
+            "traffic-frequency",
+            "tokens",
+            {"permutation": plain, "rotation": turned},
+        ),
+        *_curve(
+            "Fine-tuned victims: tokens read with a base that is off by noise, as a share of each matrix's spread",
+            "off by",
+            "base-fine-tuned",
+            "strengths",
+            {"permutation": plain, "rotation": turned},
+        ),
+        *_noise(plain),
+        *_theft(plain, turned),
+        *_measures(plain),
+        *_rounding(reports),
+    ]
 
-    def figures(report: Report, name: str) -> dict[str, Any]:
-        return _finding(report, name).figures
 
-    return []
+def _figures(report: Report, name: str) -> dict[str, Any]:
+    return _finding(report, name).figures
+
+
+def _table(title: str, head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return [f"**{title}**", "", *(f"| {' | '.join(cells)} |" for cells in lines), ""]
+
+
+def _curve(title: str, x: str, name: str, key: str, reports: dict[str, Report]) -> list[str]:
+    figures = {level: _figures(report, name) for level, report in reports.items()}
+    steps = next(iter(figures.values()))[key]
+    shown = [f"{step:,}" if isinstance(step, int) else f"{step:.0%}" for step in steps]
+    rows = [[level, *(percent(share) for share in curve["recovered"])] for level, curve in figures.items()]
+    return _table(title, [x, *shown], rows)
+
+
+def _noise(report: Report) -> list[str]:
+    figures = _figures(report, "noise")
+    return _table(
+        "Noise on embeddings, in spreads of the table: tokens read all the same, and the price",
+        ["noise", *(f"{sigma:g}" for sigma in figures["sigma"])],
+        [
+            ["tokens read", *(percent(share) for share in figures["recovered"])],
+            ["perplexity", *(f"{value:,.0f}" for value in figures["perplexity"])],
+        ],
+    )
+
+
+def _theft(plain: Report, turned: Report) -> list[str]:
+    used, own = _figures(plain, "unauthorized-use"), _figures(plain, "theft-own-table")
+    logits, lengths = _figures(plain, "user-full-logits"), _figures(plain, "lengths-and-timing")
+    trained = _figures(plain, "theft-fine-tuning")
+    rows = [[label, *(f"{value:,.0f}" for value in curve)] for label, curve in trained["perplexity"].items()]
+    top = {name.removeprefix("top_"): found for name, found in logits.items() if name.startswith("top_")}
+    blocks = "; ".join(
+        f"from top-{k} answers the largest block seen whole is {found['complete_block'][0]} × "
+        f"{found['complete_block'][1]}, of rank {found['rank_in_it']}"
+        for k, found in top.items()
+    )
+    return [
+        *_table(
+            f"Training a stolen model: perplexity of held-out text after steps of {trained['tokens_a_step']} tokens "
+            "(`permutation`)",
+            ["", *(f"{step} steps" for step in trained["steps"])],
+            rows,
+        ),
+        f"- **Stolen and run as it is**, on plain embeddings: perplexity {used['perplexity_stolen']:,.0f} against the "
+        f"original's {used['perplexity_original']:.1f}. The original: “{_line(used['text_original'])}”; the stolen "
+        f"model: “{_line(used['text_stolen'])}”.",
+        f"- **Stolen and fed with its own classifier's rows**: perplexity {own['perplexity_stolen_in_renamed_ids']:.1f} "
+        f"in renamed ids against {own['perplexity_original']:.1f} (`rotation`: "
+        f"{_figures(turned, 'theft-own-table')['perplexity_stolen_in_renamed_ids']:.1f}). With the names that traffic "
+        f"gives away, {percent(own['same_in_plain_names'])} of its next tokens are the original's.",
+        f"- **Full logit rows** have rank {logits['rank']} for a hidden size of {logits['hidden_size']}; {blocks}. A "
+        f"device may ask for full rows, so this protects nothing; counting says what withholding them would take: with "
+        f"k at most the hidden size never enough, with k = 1,024 {top['1024']['rows_needed']:,} rows.",
+        f"- **Lengths** of prompts are read exactly from TLS record sizes. The prompt's length alone singles out "
+        f"{percent(lengths['singled_out_by_prompt_length'])} of {lengths['candidates']:,} candidate paragraphs, both "
+        f"lengths {percent(lengths['singled_out_by_both_lengths'])}.",
+        "",
+    ]
+
+
+def _measures(report: Report) -> list[str]:
+    entries, tokens = report.measures["entries"], report.measures["tokens"]
+    rows = [
+        [f"{kind}: {name}", *(f"{value:.3f}" for value in values)]
+        for kind, curves in (
+            ("entry by entry, Székely", entries["szekely"]),
+            ("entry by entry, as printed", entries["printed"]),
+            ("token by token, Székely", tokens["szekely"]),
+            ("token by token, bias removed", tokens["corrected"]),
+        )
+        for name, values in curves.items()
+        if name in ("permutation", "rotation", "random scaling", "unrelated")
+    ]
+    return _table(
+        "“Distance correlation” of vectors and their copies, by width (random normal vectors)",
+        ["", *(f"{width:,}" for width in entries["widths"])],
+        rows,
+    )
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _rounding(reports: dict[str, Report]) -> list[str]:
+    rows = []
+    for level, report in reports.items():
+        check = report.check
+        rows.append(
+            [
+                level,
+                report.dtype,
+                f"{check['max_difference']:.1e}",
+                f"{check['mean_difference']:.1e}",
+                f"{check['same_top_token']} of {check['positions']}",
+            ]
+        )
+    return _table(
+        "What a level costs in exactness: logits against the original in the same dtype, computed in float32",
+        ["level", "stored in", "greatest difference", "mean", "same top token"],
+        rows,
+    )

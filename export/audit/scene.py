@@ -171,4 +171,3 @@ def unprotected(scene: Scene) -> Target:
         scheme.user_key("unprotected"),
         scene.table,
     )
-

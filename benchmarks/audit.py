@@ -1,6 +1,6 @@
 """`make bench-audit`: the audit at every level on SmolLM2-135M, and the tables that SECURITY.md shows of it.
 
-Every figure in SECURITY.md is written here, between its two marks; `--tables` writes them again from the stored reports.
+Every figure in SECURITY.md is written here, between two marks; `--tables` writes them again from the stored reports.
 """
 
 from __future__ import annotations
@@ -183,8 +183,8 @@ def _theft(plain: Report, turned: Report) -> list[str]:
         f"- **Stolen and run as it is**, on plain embeddings: perplexity {used['perplexity_stolen']:,.0f} against the "
         f"original's {used['perplexity_original']:.1f}. The original: “{_line(used['text_original'])}”; the stolen "
         f"model: “{_line(used['text_stolen'])}”.",
-        f"- **Stolen and fed with its own classifier's rows**: perplexity {own['perplexity_stolen_in_renamed_ids']:.1f} "
-        f"in renamed ids against {own['perplexity_original']:.1f} (`rotation`: "
+        "- **Stolen and fed with its own classifier's rows**: perplexity "
+        f"{own['perplexity_stolen_in_renamed_ids']:.1f} in renamed ids against {own['perplexity_original']:.1f} (`rotation`: "
         f"{_figures(turned, 'theft-own-table')['perplexity_stolen_in_renamed_ids']:.1f}). With the names that traffic "
         f"gives away, {percent(own['same_in_plain_names'])} of its next tokens are the original's.",
         f"- **Full logit rows** have rank {logits['rank']} for a hidden size of {logits['hidden_size']}; {blocks}. A "

@@ -338,7 +338,7 @@ class Session:
         try:
             plain = np.arange(vocab_size)[None].repeat(len(ids), 0) if full else self._key.reveal_ids(ids)
         except IndexError:
-            raise DishonestError(f"ids: seen {ids.max()}, wanted less than {vocab_size}") from None
+            raise DishonestError(f"ids: seen one that is not less than {vocab_size}") from None
         if full:
             values = self._key.reveal_rows(values)
         return [Row(values[row], plain[row], masses[row], full) for row in range(question.rows)]

@@ -6,7 +6,7 @@
 - Each rotary plane of a head turns by a secret angle, in query and key alike, and is scaled in one, back in the other.
 - Heads, groups, the features of the feed-forward block and the vocabulary are permuted; up is scaled with product.
 
-Computed in float64, tensor by tensor. Exact up to rounding; SECURITY.md says what it is worth.
+Products with bases are computed in float64, and rounded to float32. SECURITY.md says what all this is worth.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from export.families import After, Axis, Features, Gain, Gated, Heads, Stream, Structure
 from export.permutation import Order
-from export.scheme import RandomBytes, Read, SchemeName, Secret, act_on_axes, random_permutation, why_unmoved
+from export.scheme import RandomBytes, Read, SchemeName, Secret, act_on_axes, fold, random_permutation, why_unmoved
 from shared.errors import FamilyError
 from shared.key import UserKey
 
@@ -97,15 +97,9 @@ class Rotation:
                 self._draw_heads(structure)
 
     def act(self, name: str, tensor: torch.Tensor, axes: tuple[Axis, ...], read: Read) -> torch.Tensor:
-        tensor = tensor.float()
-        if self._folds:
-            if any(isinstance(axis, Gain) for axis in axes):
-                return torch.ones_like(tensor)
-            for dimension, axis in enumerate(axes):
-                if isinstance(axis, After):
-                    shape = [1] * tensor.ndim
-                    shape[dimension] = -1
-                    tensor = tensor * read(axis.gain).float().view(shape)
+        if self._folds and any(isinstance(axis, Gain) for axis in axes):
+            return torch.ones_like(tensor, dtype=torch.float32)
+        tensor = fold(tensor, axes, read) if self._folds else tensor.float()
         return act_on_axes(name, tensor, axes, self._secrets)
 
     def folded(self, axes: tuple[Axis, ...]) -> str | None:
@@ -139,7 +133,7 @@ class Rotation:
 
     def _draw_gated(self, gated: Gated) -> None:
         order = self._draw_order(gated.size)
-        sign = np.sign(self._uniform(gated.size) - 0.5)
+        sign = np.where(self._uniform(gated.size) < 0.5, -1.0, 1.0)
         factors = sign * self._factors(gated.size)
         self._secrets[gated.gate] = order
         self._secrets[gated.up] = Scaled(order, factors)
@@ -186,7 +180,7 @@ class Rotation:
 
 
 def random_uniform(count: int, random_bytes: RandomBytes = os.urandom) -> Matrix:
-    """Numbers in (0, 1), 53 random bits each."""
+    """Numbers between 0 and 1, never 0, of 53 random bits each."""
     bits = np.frombuffer(random_bytes(8 * count), np.uint64) >> np.uint64(11)
     return (bits.astype(np.float64) + 0.5) / 2.0**53
 

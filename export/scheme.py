@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
-from export.families import Axis, Fixed, Structure, space_of
+from export.families import After, Axis, Fixed, Structure, space_of
 from shared.errors import FamilyError
 from shared.key import Index, UserKey
 
@@ -73,6 +73,17 @@ def act_on_axes(name: str, tensor: torch.Tensor, axes: tuple[Axis, ...], secrets
                 f"tensor {name!r}: seen {tensor.shape[dimension]} on axis {dimension}, wanted {secret.size} ({space})"
             )
         tensor = secret.act(tensor, dimension)
+    return tensor
+
+
+def fold(tensor: torch.Tensor, axes: tuple[Axis, ...], read: Read) -> torch.Tensor:
+    """`tensor` in float32 with the gain of the norm that it reads through multiplied in."""
+    tensor = tensor.float()
+    for dimension, axis in enumerate(axes):
+        if isinstance(axis, After):
+            shape = [1] * tensor.ndim
+            shape[dimension] = -1
+            tensor = tensor * read(axis.gain).float().view(shape)
     return tensor
 
 

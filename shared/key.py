@@ -149,7 +149,7 @@ class UserKey:
 
 
 def _check_permutation(name: str, index: Array) -> None:
-    if index.ndim != 1 or not np.array_equal(np.sort(index), np.arange(index.size)):
+    if index.ndim != 1 or index.dtype.kind not in "iu" or not np.array_equal(np.sort(index), np.arange(index.size)):
         raise BundleError(f"key: {name} is not a permutation")
 
 

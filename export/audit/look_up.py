@@ -157,7 +157,7 @@ def _known_prompt(scene: Scene) -> Outcome:
         hidden, plain = scene.sent(known), scene.table[known]
         recovered.append(float((decode_by_known(sent, hidden, plain, scene.table) == later).mean()))
         order.append(float((nearest(sent, scene.table[:, match_columns(hidden, plain)]) == later).mean()))
-    best = [max(pair) for pair in zip(recovered, order, strict=True)]
+    best = recovered if scene.target.scheme == "rotation" else order  # the cloud's stip.json names the scheme
     return Outcome(
         best[counts.index(KNOWN_PROMPT)],
         {"tokens": counts, "recovered": best, "least_squares": recovered, "column_matching": order},

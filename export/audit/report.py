@@ -42,7 +42,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """All that an audit found. Holds no path, key, prompt or token."""
+    """All that an audit found. Holds no path and no key, and of text only what a fixed public prompt gave."""
 
     format: Literal["stip-audit-1"] = FORMAT
     served_name: str
@@ -167,11 +167,13 @@ def audited(report: Report) -> str:
 
 
 def summary(report: Report) -> list[str]:
-    """In plain sentences: who breaks the export, whom it leaks to, whom it held against; last, what that is worth."""
+    """In plain sentences: who breaks the export and whom it leaks to; last, what that is worth.
+
+    Nothing is said to hold: who fails with one attack may take another with the same knowledge.
+    """
     openings: dict[Verdict, str] = {
         "broken": "Broken by one who knows",
         "leaks": "Leaks to one who knows",
-        "holds": "Held against one who knows",
     }
     strongest = _strongest(report.findings)
     sentences = [

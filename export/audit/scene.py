@@ -14,9 +14,9 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from export.audit.corpus import Text, read_text
-from export.families import Dropped, Family, Structure, family_of
+from export.families import Axis, Dropped, Family, Gain, Structure, family_of
 from export.permutation import Permutation
-from export.scheme import RandomBytes
+from export.scheme import Read, fold
 from export.shards import Shards
 from export.source import Source, open_source
 from export.streaming import empty_model
@@ -82,10 +82,19 @@ class Scene:
 
 
 class Backwards(Permutation):
-    """No protection: every space in reverse order, which anyone can undo. What a sound attack must break."""
+    """No protection: every space in reverse order, which anyone can undo. What a sound attack must break.
 
-    def __init__(self, structures: Iterable[Structure], random_bytes: RandomBytes | None = None) -> None:
+    folds: whether gains are folded into what reads them, as the scheme under attack does.
+    """
+
+    def __init__(self, structures: Iterable[Structure], *, folds: bool = False) -> None:
         super().__init__(structures)
+        self._folds = folds
+
+    def act(self, name: str, tensor: torch.Tensor, axes: tuple[Axis, ...], read: Read) -> torch.Tensor:
+        if self._folds and any(isinstance(axis, Gain) for axis in axes):
+            return torch.ones_like(tensor)
+        return super().act(name, fold(tensor, axes, read) if self._folds else tensor, axes, read)
 
     def _order(self, size: int) -> Index:
         return np.arange(size)[::-1].copy()
@@ -143,8 +152,13 @@ def public(source: Source, family: Family) -> Weights:
     return Weights(source.config, shapes, lambda name: source.read(stored[name]).float())
 
 
-def unprotected(scene: Scene) -> Target:
-    """The victim without protection: the public weights in the stored dtype, every space listed backwards."""
+def unprotected(scene: Scene, *, folds: bool | None = None) -> Target:
+    """The victim without protection: the public weights in the stored dtype, every space listed backwards.
+
+    folds: whether gains are folded; by default as in the victim at hand, so that attacks must undo it here too.
+    """
+    if folds is None:
+        folds = scene.target.scheme == "rotation"
     known = scene.base
     if known is None:  # the table is all there is
         known = Weights(
@@ -152,7 +166,7 @@ def unprotected(scene: Scene) -> Target:
             {scene.family.embedding: scene.table.shape},
             lambda name: torch.from_numpy(scene.table),
         )
-    scheme = Backwards(scene.family.spaces(known.config))
+    scheme = Backwards(scene.family.spaces(known.config), folds=folds)
     read = known.read
 
     def backwards(name: str) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -231,11 +232,81 @@ def name_rows(scene: Scene, table: Array) -> Index:
 OWN_TABLE = Attack(
     name="theft-own-table",
     title="The stolen model fed with its own classifier",
-    knows="that the model is tied; traffic, as the cloud has it, to undo a folded gain",
+    knows="that the model is tied, and its traffic; for plain names the tokenizer and a public text",
     after="next tokens that the original would choose, in secretly renamed ids (figures: in plain names too)",
     source="ours; follows from tying (Press and Wolf, arXiv 1608.05859)",
     run=run_on_own_table,
     applies=needs_tied,
+)
+
+# --- No classifier in the cloud ---
+
+PREDICTED = 4_096  # positions that a cloud learns a missing gain from: what it returned, and what was sent next
+
+
+def classify_by_traffic(hidden: Array, vectors: Array) -> Array:
+    """Scores [n, distinct] of tokens by inner products of hidden states with the vectors that travelled for them."""
+    scores: Array = hidden @ vectors.T
+    return scores
+
+
+def run_without_classifier(scene: Scene) -> Outcome:
+    """A tied classifier that stays on the device is the table all the same: vectors that travel are its rows.
+
+    A gain that was folded into it is missing; the answers that follow hidden states teach a map in its place.
+    """
+    secret = scene.text.secret
+    _, first, sequence = np.unique(labels(scene.sent(secret)), return_index=True, return_inverse=True)
+    vectors, tokens = scene.sent(secret[first]), secret[first]
+    lessons = windows(np.arange(secret.size), PREDICTED // WINDOW, WINDOW)
+    states = _last_states(scene, secret[lessons])[:, :-1].reshape(-1, vectors.shape[1])
+    following = sequence[lessons[:, 1:].reshape(-1)]
+    half = len(states) // 2
+    learnt = _ridge(states[:half], vectors[following[:half]])
+    maps = {"as it is": np.eye(vectors.shape[1], dtype=np.float32), "learnt": learnt}
+    fits = {
+        name: float((classify_by_traffic(states[half:] @ one, vectors).argmax(1) == following[half:]).mean())
+        for name, one in maps.items()
+    }
+    chosen = max(fits, key=lambda name: fits[name])
+    exam = windows(secret, WINDOWS, WINDOW)
+    logits = forward(_original(scene), scene.table[exam])
+    expected = tokens[logits[..., tokens].argmax(-1)]
+    seen = _last_states(scene, exam).reshape(-1, vectors.shape[1]) @ maps[chosen]
+    named = tokens[classify_by_traffic(seen, vectors).argmax(1)].reshape(exam.shape)
+    figures = {"map": chosen, "next_vector_guessed": fits[chosen], "distinct_tokens_seen": len(tokens)}
+    return Outcome(float((named == expected).mean()), figures)
+
+
+@torch.inference_mode()
+def _last_states(scene: Scene, ids: Index) -> Real:
+    """What the cloud returns for token ids [sequences, positions]: [sequences, positions, hidden]."""
+    body = scene.target.weights.model().get_decoder()
+    inputs = scene.sent(ids.reshape(-1)).reshape(*ids.shape, -1)
+    rows = [body(inputs_embeds=torch.from_numpy(one[None]), use_cache=False).last_hidden_state[0] for one in inputs]
+    states: Real = torch.stack(rows).numpy()
+    return states
+
+
+def _ridge(inputs: Real, outputs: Array) -> Real:
+    """The linear map of least squares, with a tenth of the inputs' mean square against overfitting."""
+    squares = inputs.T @ inputs
+    squares += 0.1 * np.trace(squares) / len(squares) * np.eye(len(squares), dtype=np.float32)
+    solved: Real = np.linalg.solve(squares, inputs.T @ outputs)
+    return solved
+
+
+NO_CLASSIFIER = Attack(
+    name="classifier-from-traffic",
+    title="Answers without a classifier, scored by traffic",
+    knows="that the model is tied; hidden states and the vectors that travel",
+    after="next tokens that the original would choose among those seen: which vectors they are, not their names",
+    source="ours; follows from tying (Press and Wolf, arXiv 1608.05859)",
+    run=run_without_classifier,
+    control=lambda scene: run_without_classifier(scene.with_target(unprotected(scene, folds=False))),
+    applies=lambda scene: (
+        needs_base(scene) or (None if scene.target.head == "device" else "the cloud has the classifier itself")
+    ),
 )
 
 # --- The stolen model, trained ---
@@ -302,7 +373,7 @@ def _examined(model: Any, ids: Index) -> Real:
     return logits
 
 
-@lru_cache(maxsize=1)  # the attack and its control measure by the same
+@lru_cache(maxsize=1)  # the attack and its control measure by the same, on the same scene
 def yardsticks(scene: Scene) -> tuple[list[float], list[float]]:
     """Perplexities of training the original, and a model of its sizes from scratch."""
     assert scene.base is not None
@@ -355,18 +426,21 @@ def worth(stolen: float, original: float, scratch: float) -> float:
 
 
 def fine_tune_in_order(scene: Scene) -> Outcome:
-    """The control: features that anyone can put back in order make training as good as the original's."""
+    """The control: a model whose features are in the open and whose names the traffic gives away, or the key."""
     original, scratch = yardsticks(scene)
-    open_scene = scene.with_target(unprotected(scene))
-    model = _assembled(open_scene, open_scene.target.weights, *thief_tables(open_scene, keyed=True))
-    stolen = train(model, scene.text, RATES["original"])
+    bare = scene.with_target(unprotected(scene))
+    if needs_tied(scene) is None:  # the cipher's statistics are those of the text itself, so that every name is found
+        tables = named_tables(replace(bare, text=replace(scene.text, public=scene.text.secret)))
+    else:
+        tables = thief_tables(bare, keyed=True)
+    stolen = train(_assembled(bare, bare.target.weights, *tables), scene.text, RATES["original"])
     return Outcome(worth(stolen[-1], original[-1], scratch[-1]), {"perplexity": stolen})
 
 
 FINE_TUNING = Attack(
     name="theft-fine-tuning",
     title="The stolen model, fine-tuned",
-    knows="the tokenizer and a little public text; for a tied model its traffic too; matches no weights",
+    knows="the tokenizer, the public table and a little public text; for a tied model its traffic; matches no weights",
     after="the way from a fresh model's log-perplexity to the original's after the same short training",
     source="STIP (NDSS 2026), table 5, at a small scale",
     run=fine_tune,
@@ -374,4 +448,4 @@ FINE_TUNING = Attack(
     applies=_needs_both,
 )
 
-ATTACKS = (FULL_LOGITS, UNAUTHORIZED, OWN_TABLE, FINE_TUNING)
+ATTACKS = (FULL_LOGITS, UNAUTHORIZED, OWN_TABLE, NO_CLASSIFIER, FINE_TUNING)

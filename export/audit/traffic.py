@@ -173,6 +173,39 @@ FREQUENCY = Attack(
     control=lambda scene: read_frequencies(_same_statistics(scene), ()),
 )
 
+# --- Some of the text is known ---
+
+KNOWN = (100, 1_000, 10_000)  # tokens: a chat template, a system prompt, a page that the device was made to read
+
+
+def read_known_text(scene: Scene, *, later: int = KNOWN[-1]) -> Outcome:
+    """A dictionary: each known token names its vector, wherever it is sent again. No table, no statistics.
+
+    later: where the text starts that is read.
+    """
+    secret = scene.text.secret
+    later = min(later, secret.size // 2) if later else 0
+    sequence = labels(scene.sent(secret))
+    recovered = []
+    for count in KNOWN:
+        names = np.full(int(sequence.max()) + 1, -1)
+        known = slice(0, count if later else secret.size)
+        names[sequence[known]] = secret[known]
+        recovered.append(round(float((names[sequence[later:]] == secret[later:]).mean()), 4))
+    return Outcome(recovered[KNOWN.index(1_000)], {"tokens": list(KNOWN), "recovered": recovered})
+
+
+KNOWN_TEXT = Attack(
+    name="known-text",
+    title="A dictionary from text that is known",
+    knows="1,000 tokens that some device of the context sent, such as a system prompt; no weights, no table",
+    after="all later tokens, of whichever device",
+    source="known plaintext, STIP §5.3; needs neither the permutation nor the table",
+    run=read_known_text,
+    # In a text that is known as a whole nothing may be missing.
+    control=lambda scene: read_known_text(scene, later=0),
+)
+
 # --- A tied classifier is the table of inputs ---
 
 SCORED = 1_000
@@ -333,4 +366,4 @@ LENGTHS = Attack(
     applies=lambda scene: None if len(scene.text.paragraphs) > 1 else "the text is not cut into paragraphs",
 )
 
-ATTACKS = (FREQUENCY, TIED_HEAD, LENGTHS)
+ATTACKS = (FREQUENCY, KNOWN_TEXT, TIED_HEAD, LENGTHS)

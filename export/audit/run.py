@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from export.audit import base, hidden, look_up, noise, theft, traffic
@@ -31,7 +32,7 @@ def audit(out: Path, model: str | None = None, names: Sequence[str] = ()) -> Rep
     """Attacks the export in `out` and writes OUT/audit.json and OUT/audit.html.
 
     model: the public base model that the attacker has (hub id, folder or .gguf); without it some attacks do not apply.
-    names: the attacks to run; all by default. Raises AuditError, BundleError, SourceError.
+    names: the attacks to run; all by default. Raises AuditError, BundleError, SourceError, and then writes nothing.
     """
     started = time.monotonic()
     chosen = [attack for attack in ATTACKS if not names or attack.name in names]
@@ -49,14 +50,24 @@ def audit(out: Path, model: str | None = None, names: Sequence[str] = ()) -> Rep
         model=model,
         seconds=time.monotonic() - started,
     )
-    try:
-        (out / "audit.json").write_bytes(to_json(report))
-        (out / "audit.html").write_text(page(report), encoding="utf-8")
-    except OSError as error:
-        raise AuditError(
-            f"report {out / 'audit.json'}: {error.strerror}", hint="give a folder you may write to"
-        ) from None
+    _write(out, {"audit.json": to_json(report), "audit.html": page(report).encode()})
     return report
+
+
+def _write(out: Path, files: Mapping[str, bytes]) -> None:
+    """All of `files`, or none: an older report stays until a whole one takes its place."""
+    partial = {name: out / f".{name}.partial" for name in files}
+    try:
+        for name, contents in files.items():
+            partial[name].write_bytes(contents)
+        for name in files:
+            partial[name].replace(out / name)
+    except OSError as error:
+        raise AuditError(f"report {out}: {error.strerror}", hint="give a folder you may write to") from None
+    finally:
+        for path in partial.values():
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def _told(attack: Attack, scene: Scene, number: str) -> Finding:

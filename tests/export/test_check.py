@@ -52,8 +52,10 @@ def test_a_rotation_in_16_bits_passes_and_says_that_it_rounded(
     check = exported(scheme="rotation", dtype=dtype, head=head)
     assert check.rounded
     unit = torch.finfo(bundle.DTYPES[dtype]).eps / 2 * check.largest_logit
-    # Seen over all tiny kinds: 0.3 to 0.65 of a unit on average, at most 7; the tolerance is 4 on average.
-    assert 0.05 < check.mean_difference / unit < ROUNDING_TOLERANCE[0] / 2
+    # Seen over all tiny kinds: 0.3 to 0.65 of a unit on average, at most 7; the tolerances are 4 and 64.
+    mean, greatest = ROUNDING_TOLERANCE
+    assert 0.05 < check.mean_difference / unit < mean / 2
+    assert check.max_difference / unit < greatest / 2
     assert check.same_top_token > 0.9 * check.positions
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from export.audit.page import page, tables
 from export.audit.plots import plots
 from export.audit.report import Report
 from tests.export.audit.findings import CURVES, MEASURES, finding, report
+from tests.export.audit.pages import Elements, assert_nothing_is_loaded_or_run
 
 TITLES = {
     "base-fine-tuned": "Knowing the base of a fine-tuned model",
@@ -19,22 +19,6 @@ TITLES = {
     "theft-fine-tuning": "Training what was stolen",
     "noise": "Noise on what travels",
 }
-
-
-class Elements(HTMLParser):
-    """Every start tag with its attributes, and all text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 @pytest.fixture
@@ -48,18 +32,9 @@ def full() -> Report:
     )
 
 
-def test_nothing_is_loaded_and_nothing_runs(full: Report) -> None:
-    shown = page(full)
-    elements = Elements(shown)
-    assert not {"script", "link", "iframe", "object", "embed", "base", "form", "img"} & {
-        tag for tag, _ in elements.tags
-    }
-    for _, attributes in elements.tags:
-        assert not any(name.startswith("on") for name in attributes)
-        for name in ("src", "href", "xlink:href", "data", "action"):
-            assert (attributes.get(name) or "#").startswith("#")
-    assert all(address.startswith("#") for address in re.findall(r"url\(([^)]*)\)", shown))
-    assert "http://" not in shown and "https://" not in shown and "@import" not in shown
+@pytest.mark.parametrize("measured", [True, False])
+def test_nothing_is_loaded_and_nothing_runs(full: Report, measured: bool) -> None:
+    assert_nothing_is_loaded_or_run(page(full if measured else report()))
 
 
 def test_the_policy_forbids_the_rest(full: Report) -> None:

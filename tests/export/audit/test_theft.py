@@ -18,6 +18,7 @@ from export.bundle import export_model
 from shared.key import Index
 from shared.wire import Array
 from tests.conftest import TINY, tiny_tokenizer
+from tests.export.audit.conftest import Scenes, control
 
 
 def trained(folder: Path, text: Index, steps: int = 60) -> Path:
@@ -38,18 +39,18 @@ def trained(folder: Path, text: Index, steps: int = 60) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def checkpoint(scenes: Scenes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("trained"), scenes("llama-tied").text.public)
+
+
 @pytest.fixture(scope="module", params=["permutation", "rotation"])
 def scene(
-    request: pytest.FixtureRequest,
-    tiny_exports: Callable[[str], Path],
-    tiny_checkpoints: Callable[[str], Path],
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scene]:
-    text = open_scene(tiny_exports("llama-tied"), None).text
-    folder = tmp_path_factory.mktemp("trained")
-    checkpoint = trained(folder / "checkpoint", text.public)
-    export_model(str(checkpoint), folder / "export", scheme=request.param)
-    opened = open_scene(folder / "export", str(checkpoint))
+    out = tmp_path_factory.mktemp("stolen") / "out"
+    export_model(str(checkpoint), out, scheme=request.param)
+    opened = open_scene(out, str(checkpoint))
     short = replace(opened.text, secret=opened.text.secret[:6_000], public=opened.text.public[:6_000])
     yield replace(opened, text=short)
     theft.yardsticks.cache_clear()
@@ -84,8 +85,11 @@ def test_the_control_fails_when_a_step_is_broken(
     attack: Attack, step: str, wrong: Callable[..., object], scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(theft, step, wrong)
-    finding = carry_out(attack, scene)
-    assert finding.control is not None and finding.control < 0.9
+    assert control(attack, scene).share < 0.9
+
+
+def test_every_attack_here_is_broken_above() -> None:
+    assert [attack for attack, _, _ in BROKEN] == list(theft.ATTACKS)
 
 
 def test_a_tied_model_is_stolen_whole_but_for_names(scene: Scene) -> None:

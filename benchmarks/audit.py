@@ -184,7 +184,8 @@ def _theft(plain: Report, turned: Report) -> list[str]:
         f"original's {used['perplexity_original']:.1f}. The original: “{_line(used['text_original'])}”; the stolen "
         f"model: “{_line(used['text_stolen'])}”.",
         "- **Stolen and fed with its own classifier's rows**: perplexity "
-        f"{own['perplexity_stolen_in_renamed_ids']:.1f} in renamed ids against {own['perplexity_original']:.1f} (`rotation`: "
+        f"{own['perplexity_stolen_in_renamed_ids']:.1f} in renamed ids against "
+        f"{own['perplexity_original']:.1f} (`rotation`: "
         f"{_figures(turned, 'theft-own-table')['perplexity_stolen_in_renamed_ids']:.1f}). With the names that traffic "
         f"gives away, {percent(own['same_in_plain_names'])} of its next tokens are the original's.",
         f"- **Full logit rows** have rank {logits['rank']} for a hidden size of {logits['hidden_size']}; {blocks}. A "

@@ -117,8 +117,8 @@ def _check_before_rounding(
     worst, largest = float(np.abs(revealed - expected).max()), float(np.abs(expected).max())
     if not worst <= TOLERANCE * largest:
         raise EquivalenceError(
-            f"equivalence check, before rounding: results differ by up to {worst:.2e} where the largest is {largest:.1f}, "
-            f"wanted at most {TOLERANCE:.0e} of it",
+            f"equivalence check, before rounding: results differ by up to {worst:.2e} where the largest is "
+            f"{largest:.1f}, wanted at most {TOLERANCE:.0e} of it",
             hint="nothing was written; this is a defect of the table or the scheme, please report it",
         )
 

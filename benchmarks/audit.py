@@ -240,3 +240,7 @@ def _rounding(reports: dict[str, Report]) -> list[str]:
         ["level", "stored in", "greatest difference", "mean", "same top token"],
         rows,
     )
+
+
+if __name__ == "__main__":
+    main()

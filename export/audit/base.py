@@ -12,13 +12,14 @@ import torch
 from export.audit.attack import Attack, Outcome, needs_base
 from export.audit.look_up import TOKENS, norms, sorted_entries
 from export.audit.matching import nearest, nearest_number, procrustes, turn
-from export.audit.scene import Scene, Weights
+from export.audit.scene import Scene, Weights, unprotected
 from export.families import After, Dropped, space_of
 from shared.wire import Array
 
-STRENGTHS = (0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5)  # of a perturbation, as a share of each tensor's own spread
-PAIRS = 4096  # rows that an alignment is refined on
-ROUNDS = 8
+STRENGTHS = (0.0, 0.03, 0.1, 0.2, 0.3, 0.5)  # of a perturbation, as a share of each tensor's own spread
+FAR = 0.1  # the strength that counts
+PAIRS = 2048  # rows that an alignment is refined on
+ROUNDS = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,11 +218,11 @@ def fine_tuned(scene: Scene, strength: float) -> Scene:
     return replace(scene, base=replace(base, read=read), table=read(scene.family.embedding).numpy())
 
 
-def _fine_tuned(scene: Scene) -> Outcome:
+def _fine_tuned(scene: Scene, strengths: tuple[float, ...] = STRENGTHS) -> Outcome:
     """The attacks above on ever more distant bases. The attacker keeps whichever alignment fits best."""
     curves: dict[str, list[float]] = {name: [] for name in ALIGNMENTS}
     best = []
-    for strength in STRENGTHS:
+    for strength in strengths:
         near = fine_tuned(scene, strength)
         pairs = reading_rows(near, "gate")
         fits = []
@@ -230,8 +231,8 @@ def _fine_tuned(scene: Scene) -> Outcome:
             curves[name].append(_tokens(near, basis))
             fits.append((misfit(pairs, basis), curves[name][-1]))
         best.append(min(fits)[1])
-    figures = {"strengths": list(STRENGTHS), "recovered": best, "curves": curves}
-    return Outcome(best[STRENGTHS.index(0.1)], figures)
+    figures = {"strengths": list(strengths), "recovered": best, "curves": curves}
+    return Outcome(best[strengths.index(FAR)], figures)
 
 
 _TOKENS_READ = f"{TOKENS} tokens of real text"
@@ -288,6 +289,7 @@ ATTACKS = (
         after=_TOKENS_READ,
         source="the three alignments above on perturbed bases",
         run=_fine_tuned,
+        control=lambda scene: _fine_tuned(scene.with_target(unprotected(scene)), (FAR,)),
         applies=needs_base,
     ),
 )

@@ -218,7 +218,7 @@ def fine_tuned(scene: Scene, strength: float) -> Scene:
     return replace(scene, base=replace(base, read=read), table=read(scene.family.embedding).numpy())
 
 
-def _fine_tuned(scene: Scene, strengths: tuple[float, ...] = STRENGTHS) -> Outcome:
+def _fine_tuned(scene: Scene, strengths: tuple[float, ...]) -> Outcome:
     """The attacks above on ever more distant bases. The attacker keeps whichever alignment fits best."""
     curves: dict[str, list[float]] = {name: [] for name in ALIGNMENTS}
     best = []
@@ -288,7 +288,7 @@ ATTACKS = (
         knows="the public base of a fine-tuned model, 10 % off",
         after=_TOKENS_READ,
         source="the three alignments above on perturbed bases",
-        run=_fine_tuned,
+        run=lambda scene: _fine_tuned(scene, STRENGTHS),
         control=lambda scene: _fine_tuned(scene.with_target(unprotected(scene)), (FAR,)),
         applies=needs_base,
     ),

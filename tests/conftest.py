@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,8 +36,10 @@ from device_app.assistant import Assistant
 from device_app.bundle import Bundle
 from device_app.connection import Address
 from examples.smollm2 import smollm2_gguf as smollm2_package
+from export import bundle
 from export.bundle import export_model
 from export.scheme import Head, SchemeName
+from export.tokenizer import TokenizerReport
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched while testing
 torch.set_num_threads(2)
@@ -127,6 +131,27 @@ def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
         return made[kind]
 
     return checkpoint
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tokenizers_proved_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An export proves its tokenizer on thousands of texts. The tiny ones all have the same: later ones get copies."""
+    prove = bundle.export_tokenizer
+    proved: dict[str, tuple[TokenizerReport, Path]] = {}
+
+    def proved_once(tokenizer: Any, folder: Path) -> TokenizerReport:
+        which = tokenizer.backend_tokenizer.to_str()
+        if which not in proved:
+            kept = tmp_path_factory.mktemp("tokenizer")
+            proved[which] = prove(tokenizer, kept), kept
+        report, kept = proved[which]
+        for name in report.files:
+            shutil.copy(kept / name, folder)
+        return report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundle, "export_tokenizer", proved_once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,17 +20,6 @@ from shared.errors import EquivalenceError
 from shared.wire import FloatName
 
 KIND = "llama-tied"
-
-
-@pytest.fixture(autouse=True)
-def tokenizer_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Proving tokenizers takes most of an export's time, and is another test's business."""
-
-    def shipped(tokenizer: Any, folder: Path) -> SimpleNamespace:
-        tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-        return SimpleNamespace(kind="json", reason="not tried")
-
-    monkeypatch.setattr(bundle, "export_tokenizer", shipped)
 
 
 @pytest.fixture

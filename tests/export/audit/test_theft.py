@@ -58,9 +58,7 @@ def scene(
 
 @pytest.mark.parametrize("attack", theft.ATTACKS, ids=lambda attack: str(attack.name))
 def test_the_control_succeeds(attack: Attack, scene: Scene) -> None:
-    finding = carry_out(attack, scene)
-    assert finding.skipped is None
-    assert finding.control is not None and finding.control >= 0.99
+    assert control(attack, scene).share >= 0.99
 
 
 def random_space(rows: Array) -> Array:
@@ -68,15 +66,20 @@ def random_space(rows: Array) -> Array:
     return basis.T
 
 
-def plain_tables(scene: Scene, *, keyed: bool) -> tuple[Array, Array]:
+def plain_tables(scene: Scene) -> tuple[Array, Array]:
     return scene.table, scene.target.weights.read(scene.family.classifier).numpy()
+
+
+def random_scores(hidden: Array, vectors: Array) -> Array:
+    return np.random.default_rng(0).random((len(hidden), len(vectors)))
 
 
 BROKEN = [
     (theft.FULL_LOGITS, "classifier_space", random_space),
     (theft.UNAUTHORIZED, "enter", lambda scene, ids: scene.table[ids][..., ::-1].copy()),
     (theft.OWN_TABLE, "own_table", lambda scene: scene.table),
-    (theft.FINE_TUNING, "thief_tables", plain_tables),
+    (theft.NO_CLASSIFIER, "classify_by_traffic", random_scores),
+    (theft.FINE_TUNING, "named_tables", plain_tables),
 ]
 
 
@@ -90,6 +93,21 @@ def test_the_control_fails_when_a_step_is_broken(
 
 def test_every_attack_here_is_broken_above() -> None:
     assert [attack for attack, _, _ in BROKEN] == list(theft.ATTACKS)
+
+
+def test_a_folded_gain_must_be_undone(checkpoint: Path, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(theft, "undo_gain", lambda vectors, rows: rows)
+    share = control(theft.OWN_TABLE, scene).share
+    assert share < 0.99 if scene.target.scheme == "rotation" else share >= 0.99
+
+
+def test_a_classifier_on_the_device_is_scored_by_traffic(checkpoint: Path, tmp_path: Path) -> None:
+    export_model(str(checkpoint), tmp_path / "out", head="device")
+    opened = open_scene(tmp_path / "out", str(checkpoint))
+    short = replace(opened, text=replace(opened.text, secret=opened.text.secret[:6_000]))
+    finding = carry_out(theft.NO_CLASSIFIER, short)
+    assert finding.recovered is not None and finding.recovered >= 0.99
+    assert all(carry_out(attack, short).skipped for attack in theft.ATTACKS if attack is not theft.NO_CLASSIFIER)
 
 
 def test_a_tied_model_is_stolen_whole_but_for_names(scene: Scene) -> None:

@@ -51,6 +51,7 @@ def first_rows(vectors: Array, rows: Array) -> tuple[Index, Array]:
 BROKEN = [
     (traffic.FREQUENCY, "labels", fresh_labels),
     (traffic.FREQUENCY, "match_profiles", no_profiles),
+    (traffic.KNOWN_TEXT, "labels", fresh_labels),
     (traffic.TIED_HEAD, "nearest_rows", first_rows),
     (traffic.LENGTHS, "rows_in", lambda size, width: size // (width + 16)),
 ]
@@ -64,6 +65,16 @@ def test_the_control_fails_when_a_step_is_broken(
     monkeypatch.setattr(traffic, step, wrong)
     finding = carry_out(attack, short)
     assert finding.control is not None and finding.control < 0.9
+
+
+def test_every_attack_here_is_broken_above() -> None:
+    assert {attack.name for attack, _, _ in BROKEN} == {attack.name for attack in traffic.ATTACKS}
+
+
+def test_what_was_known_is_read_wherever_it_is_sent_again(scene: Scene) -> None:
+    outcome = traffic.KNOWN_TEXT.run(scene)
+    assert outcome.figures["recovered"] == sorted(outcome.figures["recovered"])
+    assert 0.2 < outcome.share < 1.0
 
 
 def test_rounding_does_not_part_equal_tokens() -> None:

@@ -61,7 +61,6 @@ def _chat(arguments: argparse.Namespace) -> None:
     )
     address = Address(arguments.url, arguments.ca, arguments.insecure)
     bundle = Bundle.open(arguments.folder)
-    note(f"stip-device: {limit(bundle.manifest.scheme)}")
     if bundle.manifest.warning:
         note(f"stip-device: warning: {bundle.manifest.warning}")
     assistant = Assistant(
@@ -71,7 +70,9 @@ def _chat(arguments: argparse.Namespace) -> None:
         on_lost=lambda: note("\nstip-device: connection lost; trying again, the answer will go on"),
     )
     with assistant:
+        worth = f"stip-device: {limit(bundle.manifest.scheme)}"
         if arguments.prompt is None:
+            note(worth)
             chat(
                 assistant,
                 system=arguments.system,
@@ -89,8 +90,10 @@ def _chat(arguments: argparse.Namespace) -> None:
             answer = assistant.chat([*system, {"role": "user", "content": arguments.prompt}], **options)
         if not arguments.json:
             stream(assistant, answer)
+            note(worth)
             return
         answer.finish()
+        note(worth)
         stats = answer.stats
         result = {
             "text": answer.text,

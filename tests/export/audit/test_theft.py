@@ -95,12 +95,6 @@ def test_every_attack_here_is_broken_above() -> None:
     assert [attack for attack, _, _ in BROKEN] == list(theft.ATTACKS)
 
 
-def test_a_folded_gain_must_be_undone(checkpoint: Path, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(theft, "undo_gain", lambda vectors, rows: rows)
-    share = control(theft.OWN_TABLE, scene).share
-    assert share < 0.99 if scene.target.scheme == "rotation" else share >= 0.99
-
-
 def test_a_classifier_on_the_device_is_scored_by_traffic(checkpoint: Path, tmp_path: Path) -> None:
     export_model(str(checkpoint), tmp_path / "out", head="device")
     opened = open_scene(tmp_path / "out", str(checkpoint))

@@ -170,7 +170,7 @@ def _plain(scene: Scene) -> Target:
 
 UNAUTHORIZED = Attack(
     name="unauthorized-use",
-    title="The stolen model on plain embeddings",
+    title="The stolen model on plain embeddings (two lines on: a better thief)",
     knows="the tokenizer and the public table; tries nothing clever, as in the paper",
     after="next tokens that the original would choose",
     source="STIP (NDSS 2026), table 4",

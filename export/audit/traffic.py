@@ -164,10 +164,10 @@ def _same_statistics(scene: Scene) -> Scene:
 FREQUENCY = Attack(
     name="traffic-frequency",
     title="Traffic as a substitution cipher",
-    knows="the tokenizer, and a public text on the same subject (other chapters of the same manual, a case that "
-    "favours the attacker); no weights and no table",
+    knows="the tokenizer and a public text on the same subject; no weights, no table",
     after="tokens of the whole secret text",
-    source="frequency analysis (al-Kindi); quadratic assignment on bigrams, Vogelstein et al., PLOS ONE 2015",
+    source="frequency analysis (al-Kindi) with other chapters of the same manual, which favours the attacker; "
+    "quadratic assignment on bigrams, Vogelstein et al., PLOS ONE 2015",
     run=read_frequencies,
     # No protection has no bearing on a cipher of labels: the control's statistics are those of the text itself.
     control=lambda scene: read_frequencies(_same_statistics(scene), ()),
@@ -359,7 +359,7 @@ def read_lengths(scene: Scene) -> Outcome:
 LENGTHS = Attack(
     name="lengths-and-timing",
     title="Lengths from sizes on the line",
-    knows="the width of an embedding; sees TLS records alone. Timing is not used: each token is a frame, so sizes do",
+    knows="the width of an embedding; sees sizes of TLS records alone",
     after="prompts whose length in tokens is read exactly",
     source="Chen et al., IEEE S&P 2010 (side channels in web applications); Weiss et al., USENIX Security 2024",
     run=read_lengths,

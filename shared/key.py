@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,7 @@ class UserKey:
         if embeddings.shape[-1] != self.hidden_size:  # take() would cut wider ones and say nothing
             raise BundleError(f"embeddings: seen width {embeddings.shape[-1]}, wanted the key's {self.hidden_size}")
         if self.rotates:
-            hidden: Array = embeddings.astype(np.float32, copy=False) @ self.residual
-            return hidden
+            return _product(embeddings, self._basis)
         return embeddings.take(self.residual, axis=-1)
 
     def reveal_ids(self, permuted: Array) -> Index:
@@ -92,11 +92,14 @@ class UserKey:
     def reveal_hidden(self, permuted: Array) -> Array:
         """y' → y'πᵀ for hidden states [rows, hidden_size]. A matrix gives float32."""
         if self.rotates:
-            revealed: Array = permuted.astype(np.float32, copy=False) @ self.residual.T
-            return revealed
+            return _product(permuted, self._basis.T)
         plain = np.empty_like(permuted)
         plain[..., self.residual] = permuted
         return plain
+
+    @cached_property
+    def _basis(self) -> Array:
+        return self.residual.astype(np.float64)
 
     def _order(self) -> Index:
         if self.vocab is None:
@@ -146,6 +149,16 @@ class UserKey:
             residual if residual.dtype == np.float32 else residual.astype(np.int64),
             None if vocab is None else vocab.astype(np.int64),
         )
+
+
+def _product(rows: Array, matrix: Array) -> Array:
+    """rows·matrix in float64, rounded to float32.
+
+    In float32 a row among others rounds otherwise than the same row alone, and the cloud must recognise an embedding that
+    it is sent again.
+    """
+    product: Array = (rows.astype(np.float64) @ matrix).astype(np.float32)
+    return product
 
 
 def _check_permutation(name: str, index: Array) -> None:

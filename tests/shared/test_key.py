@@ -213,6 +213,13 @@ def test_a_basis_reveals_what_it_hid(size: int, dtype: str) -> None:
     assert np.allclose(key.reveal_hidden(hidden), plain.astype(np.float32), atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [64, 576])
+def test_a_row_is_hidden_to_the_same_bits_alone_and_among_others(size: int) -> None:
+    rows = np.random.default_rng(1).normal(size=(200, size)).astype(np.float32)
+    together = rotating(size).hide(rows)
+    assert all(np.array_equal(rotating(size).hide(rows[at : at + 1])[0], together[at]) for at in range(0, 200, 20))
+
+
 def test_a_basis_survives_its_file(tmp_path: Path) -> None:
     rotating(16).save(tmp_path / "key.safetensors")
     assert np.array_equal(UserKey.load(tmp_path / "key.safetensors").residual, rotating(16).residual)

@@ -93,4 +93,4 @@ def test_the_demo_shows_the_answer_and_what_the_cloud_saw() -> None:
     assert "Paris" in shown
     seen = shown[shown.index("What the cloud saw") :]
     assert "44 of 44 tokens" in seen and "capital of France" in seen  # the sorted look-up finds everything
-    assert "Permutation is not encryption" in seen
+    assert "permutation is not encryption" in seen

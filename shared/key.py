@@ -154,8 +154,8 @@ class UserKey:
 def _product(rows: Array, matrix: Array) -> Array:
     """rows·matrix in float64, rounded to float32.
 
-    In float32 a row among others rounds otherwise than the same row alone, and the cloud must recognise an embedding that
-    it is sent again.
+    In float32 a row among others rounds otherwise than the same row alone, and the cloud must recognise an embedding
+    that it is sent again.
     """
     product: Array = (rows.astype(np.float64) @ matrix).astype(np.float32)
     return product

@@ -93,7 +93,8 @@ def test_every_attack_of_every_file_is_in_the_report_once_and_in_order(whole: Au
     assert [finding.name for finding in whole.report.findings] == names
     assert len(set(names)) == len(names)
     assert set(ATTACKS) == {one for file in (traffic, look_up, base, hidden, noise, theft) for one in file.ATTACKS}
-    assert all(finding.skipped is None for finding in whole.report.findings)
+    skipped = {finding.name for finding in whole.report.findings if finding.skipped}
+    assert skipped == {"classifier-from-traffic"}  # it is for exports without a classifier in the cloud
     assert whole.said.count("\n") == len(names) and f"{len(names)}/{len(names)}" in whole.said
 
 
@@ -155,7 +156,7 @@ def test_a_classifier_on_the_device_leaves_nothing_of_it_to_attack(
     tiny_exports: Callable[..., Path], tmp_path: Path, model: str
 ) -> None:
     out = shutil.copytree(tiny_exports("llama-tied", "rotation", "device"), tmp_path / "out")
-    names = ["tied-head", *(attack.name for attack in theft.ATTACKS)]
+    names = ["tied-head", *(attack.name for attack in theft.ATTACKS if attack is not theft.NO_CLASSIFIER)]
     report = audit(out, model, [*names, "base-norms", *FAST])
     tried = {finding.name: finding for finding in report.findings}
     assert (report.scheme, report.head) == ("rotation", "device")

@@ -16,7 +16,7 @@ from export.audit.scene import Scene, Weights, unprotected
 from export.families import After, Dropped, space_of
 from shared.wire import Array
 
-STRENGTHS = (0.0, 0.03, 0.1, 0.2, 0.3, 0.5)  # of a perturbation, as a share of each tensor's own spread
+STRENGTHS = (0.0, 0.1, 0.3, 0.5)  # of a perturbation, as a share of each tensor's own spread
 FAR = 0.1  # the strength that counts
 PAIRS = 2048  # rows that an alignment is refined on
 ROUNDS = 6

@@ -320,7 +320,7 @@ NO_CLASSIFIER = Attack(
 
 # --- The stolen model, trained ---
 
-STEPS = (0, 4, 8)  # after which perplexity is measured
+STEPS = (0, 2, 5)  # after which perplexity is measured
 TOKENS = 128  # a step
 HELD_OUT = 2  # windows of TOKENS
 NAMED = "stolen, own classifier as its table, names from traffic"
@@ -443,7 +443,8 @@ def fine_tune_in_order(scene: Scene) -> Outcome:
     else:
         tables = thief_tables(bare, keyed=True)
     stolen = train(_assembled(bare, bare.target.weights, *tables), scene.text, RATES["original"])
-    return Outcome(worth(stolen[-1], original[-1], scratch[-1]), {"perplexity": stolen})
+    # Tokens of the lessons that were never sent have no name, so training may also lose a little: the best step counts.
+    return Outcome(max(map(worth, stolen, original, scratch)), {"perplexity": stolen})
 
 
 FINE_TUNING = Attack(

@@ -80,7 +80,8 @@ def _machines(reports: dict[str, Report]) -> str:
     most = max(report.peak_memory_bytes for report in reports.values())
     return (
         f"Model: SmolLM2-135M-Instruct. A share is what the attack recovered; the control, the same attack on the "
-        f"unprotected model, is the lowest of all columns. {first.machine.processor}, {first.machine.threads} threads: "
+        f"unprotected model, is the lowest of all columns. {first.machine.processor}, "
+        f"{first.machine.threads} thread{'s' * (first.machine.threads > 1)}: "
         f"a whole audit took at most {longest / 60:.0f} min and {most / 2**30:.1f} GiB.\n"
     )
 
@@ -157,7 +158,7 @@ def _table(title: str, head: list[str], rows: list[list[str]]) -> list[str]:
 def _curve(title: str, x: str, name: str, key: str, reports: dict[str, Report]) -> list[str]:
     figures = {level: _figures(report, name) for level, report in reports.items()}
     steps = next(iter(figures.values()))[key]
-    shown = [f"{step:,}" if isinstance(step, int) else f"{step:.0%}" for step in steps]
+    shown = [f"{step:,}" if isinstance(step, int) else percent(step) for step in steps]
     rows = [[level, *(percent(share) for share in curve["recovered"])] for level, curve in figures.items()]
     return _table(title, [x, *shown], rows)
 
@@ -221,7 +222,7 @@ def _measures(report: Report) -> list[str]:
             ("token by token, bias removed", tokens["corrected"]),
         )
         for name, values in curves.items()
-        if name in ("permutation", "rotation", "random scaling", "unrelated")
+        if name in ("permutation", "rotation", "random scaling", "nothing in common")
     ]
     return _table(
         "“Distance correlation” of vectors and their copies, by width (random normal vectors)",

@@ -91,10 +91,8 @@ def test_the_summary_names_the_strongest_attack_of_each_attacker_and_the_limit()
             finding("three", 0.01, knows="nothing more"),
         )
     )
-    assert sentences[:2] == [
-        "Broken by one who knows the embedding table: 99.9 % of tokens (Sorted look-up).",
-        "Held against one who knows nothing more: 1.0 % of tokens (Attack three).",
-    ]
+    # What an attack could not do is left out: another may, with the same knowledge.
+    assert sentences[:-1] == ["Broken by one who knows the embedding table: 99.9 % of tokens (Sorted look-up)."]
     assert "somebody may have a better one" in sentences[-1]
 
 

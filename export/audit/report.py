@@ -128,7 +128,7 @@ def read_json(data: bytes) -> Report:
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
-    raise NotImplementedError(f"a {type(value).__name__} has no place in a report")
+    raise TypeError(f"figures: seen a {type(value).__name__}, wanted numbers, text, lists or arrays")
 
 
 # --- what the figures mean ---

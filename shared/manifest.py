@@ -19,6 +19,15 @@ DEVICE_MANIFEST = "manifest.json"
 CLOUD_MANIFEST = "stip.json"
 
 
+Kind = Literal[
+    "decoder",  # text in, the next token's logits out
+    "encoder",  # text in, hidden states and perhaps pooled vectors or class logits out
+    "image-encoder",  # the same for images
+    "vision-decoder",  # a decoder that images may be given to, between texts
+    "encoder-decoder",  # a source text to an encoder, the next token's logits out of a decoder
+]
+
+
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Length in bytes and SHA-256 of one file; for safetensors shards also the SHA-256 of the header alone."""
 
@@ -43,20 +52,45 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 class CloudManifest(Manifest, frozen=True, kw_only=True, tag_field="format", tag="stip-cloud-1"):
     """`stip.json`. Nothing in it says anything about the device half's content."""
 
+    kind: Kind = "decoder"
     absent: list[str]  # parameters of the stock architecture that are not in the checkpoint, on purpose
+
+
+class ImageFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How an image becomes the pixels that image.onnx takes: resized, then perhaps cut out of the middle."""
+
+    height: int  # of image.onnx's pixels
+    width: int
+    resize: tuple[int, int] | int  # to [height, width] whatever the shape was; or the shorter side to this length
+    resample: int  # Pillow's resampling filter
+    patches: int  # rows of embeddings that image.onnx gives
+    tokens: int = 0  # positions of the KV cache that an image takes; 0 where there is none
+    token_id: int | None = None  # what stands for an image in the chat template's text
 
 
 class DeviceManifest(Manifest, frozen=True, kw_only=True, tag_field="format", tag="stip-device-1"):
     """`manifest.json` of the device folder."""
 
+    kind: Kind = "decoder"
     family: str
     head: Literal["cloud", "device"] = "cloud"  # where the classifier runs
     hidden_size: int
-    vocab_size: int
-    context: int
-    tokenizer: Literal["onnx", "json"]
+    vocab_size: int  # token ids; 0 where there is no text
+    context: int  # positions of the decoder, or of the encoder where there is no other
+    encoder_size: int = 0  # width of image patches or source embeddings, where a decoder reads an encoder
+    encoder_context: int = 0  # rows of every image, or of the longest source sequence
+    labels: list[str] = []  # names of the classes, where the model has any
+    outputs: list[Literal["hidden", "pooled", "logits"]] = []  # what an encoder can be asked for
+    pooling: Literal["mean", "first"] | None = None  # how hidden states become one vector of a sentence
+    normalize: bool = False  # whether that vector is brought to length 1
+    image: ImageFormat | None = None
+    streams: dict[str, Literal["permutation", "rotation"]] = {}  # what hides each residual stream
+    tokenizer: Literal["onnx", "json", "none"]
     tokenizer_proof: str  # how many strings it was proven on, or why the fallback was taken
     prefix_ids: list[int]  # what the tokenizer puts before plain text (begin-of-sequence)
+    suffix_ids: list[int] = []  # and behind it (end of sequence)
+    start_ids: list[int] = []  # what a decoder that reads an encoder begins with
+    banned_ids: list[int] = []  # never generated
     end_ids: list[int]  # generation stops at any of these
     hidden_ids: list[int]  # special tokens: never shown as text
     special_tokens: dict[str, str]  # what the chat template may name: bos_token, eos_token, …

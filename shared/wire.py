@@ -100,20 +100,23 @@ class Opened(Message, frozen=True, kw_only=True, tag="opened"):
     resume: Secret
     kv_length: U32
     hidden_size: U32
-    vocab_size: U32
+    vocab_size: U32  # of an encoder: its classes
     dtype: FloatName
-    context: U32  # most positions of the KV cache
+    context: U32  # most positions of the KV cache, or of an encoder's sequence
     max_frame: U32  # bytes
     max_rows: U32  # result rows of one Append with top_k > 0
     max_full_rows: U32  # result rows of one Append with top_k = 0
     max_top_k: U32
     window: U32  # bytes in flight: Appends sent and not yet answered
+    encoder_size: U32 = 0  # width of image patches, or of a source sequence; 0 where the model takes neither
+    encoder_context: U32 = 0  # rows that every image has, or that a source sequence has at most
+    image_tokens: U32 = 0  # positions of the KV cache that an image takes
 
 
 class Append(Message, frozen=True, kw_only=True, tag="append"):
-    """Device → cloud: cut the KV cache to `keep`, append n embeddings, answer for the last `rows`.
+    """Device → cloud: cut the KV cache to `keep`, append n embeddings or one image, answer for the last `rows`.
 
-    tensors: embeddings [n, hidden_size]
+    tensors: embeddings [n, hidden_size], or an image's patches [encoder_context, encoder_size]
     """
 
     TENSORS: ClassVar[tuple[str, ...]] = ("embeddings",)

@@ -97,7 +97,7 @@ def test_an_edited_field_is_found(device: Path, name: str) -> None:
     path = device / DEVICE_MANIFEST
     values: dict[type, Any] = {str: "json", int: 9, list: [9], dict: {}, type(None): "seeded"}
     value = json.loads(path.read_text()).get(name)
-    choices = {"dtype": "float16", "tokenizer": "onnx", "head": "device"}
+    choices = {"dtype": "float16", "tokenizer": "onnx", "head": "device", "kind": "encoder"}
     edit(path, **{name: choices.get(name, values[type(value)])})
     with pytest.raises(BundleError, match="does not fit its digest, so it was edited"):
         read_manifest(device, DeviceManifest)

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from benchmarks.plain import RESULTS, machine, smollm2_source
 from benchmarks.process import run
 from export.shards import TensorPlan, plan_shards, write_index, write_shard
-from export.streaming import empty_model
+from export.stock import empty_model
 
 LIMIT = 1.5 * 2**30
 SHARD = 500 * 2**20

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +15,15 @@ from typing import Any, Literal
 
 import msgspec
 import torch
-from transformers import PretrainedConfig
 
-from export.check import Check, check_equivalence, sample_ids
-from export.classifier import export_classifier
-from export.embedding import export_embedding
-from export.families import Axis, Dropped, Family, Features, Structure, family_of, normalized
+from export.check import Check, check_equivalence
+from export.cloud_half import plan_cloud, used_structures, write_cloud
+from export.device_half import write_device
+from export.families import Family, family_of
 from export.progress import bar
-from export.scheme import Head, Scheme, SchemeName, draw
-from export.shards import TensorPlan, plan_shards, write_index, write_shard
+from export.scheme import Head, SchemeName, draw
 from export.source import Source, open_source
-from export.tokenizer import export_tokenizer
-from shared.errors import ExportError, FamilyError
+from shared.errors import ExportError
 from shared.key import new_key_id
 from shared.manifest import CloudManifest, DeviceManifest, FileEntry, file_entry, write_manifest
 from shared.wire import FloatName
@@ -38,10 +34,6 @@ DTYPES: dict[FloatName, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-_SAMPLE = (
-    "The cabin was quiet. She asked the assistant to find a charging station near the river, to read the news, "
-    "and then, after a pause, whether it would snow on Friday; 42 kilometres later the answer came: “Probably not.”"
-)
 
 
 @dataclass(frozen=True)
@@ -53,6 +45,7 @@ class Report:
     family: str
     scheme: str
     head: Head
+    streams: Mapping[str, str]  # what hides each residual stream
     dtype: FloatName
     log2_keys: float | None  # None where the secrets are not countable
     tokenizer: str
@@ -87,19 +80,17 @@ def export_model(
         raise ExportError(f"output {out}: it exists already", hint="give a new folder, or remove that one first")
     source = open_source(model)
     family = family_of(source.config)
-    if head == "device" and not source.config.tie_word_embeddings:
-        raise ExportError(
-            f"model {model!r}: its classifier is a matrix of its own ({family.classifier}), wanted a tied one, as a "
-            "device holds the embedding table alone",
-            hint="--head cloud",
-        )
-    absent = [family.embedding] if head == "cloud" else [family.embedding, family.classifier]
+    if head == "device":
+        _check_tied(model, source, family)
+    structures = family.spaces(source.config)
+    plan = plan_cloud(source, family, head)
     random_bytes = os.urandom if seed is None else random.Random(seed).randbytes
-    drawn = draw(scheme, _used_spaces(source, family, absent), random_bytes)
+    drawn = draw(scheme, used_structures(structures, plan), random_bytes)
     stored = source.dtype if dtype == "auto" else DTYPES[dtype]
     dtype_name = next(known for known, kind in DTYPES.items() if kind is stored)
     key_id = new_key_id()
     common: dict[str, Any] = {
+        "kind": family.kind,
         "key_id": key_id,
         "served_name": name or f"model-{key_id[:8]}",
         "scheme": drawn.name,
@@ -110,57 +101,42 @@ def export_model(
         cloud, device = folder / "cloud", folder / "device"
         cloud.mkdir()
         device.mkdir(mode=0o700)
-        files, unmoved = _write_cloud(source, family, drawn, stored, cloud, key_id, shard_bytes, absent)
-        write_manifest(CloudManifest(**common, files=files, absent=absent), cloud)
-        drawn.user_key(key_id, head=head).save(device / "key.safetensors")
-        export_embedding(source.read(family.embedding).to(stored), device)
-        if head == "device":
-            gain = drawn.folded(_axes(family, family.classifier))
-            export_classifier(
-                stored,
-                source.shapes[family.embedding],
-                device,
-                gain=None if gain is None else source.read(gain).to(stored),
-            )
-        tokenizer = source.tokenizer()
-        text = export_tokenizer(tokenizer, device)
-        if tokenizer.chat_template:
-            (device / "chat_template.jinja").write_text(str(tokenizer.chat_template), encoding="utf-8")
-        vocab_size = normalized(source.config).vocab_size
-        ids = sample_ids(vocab_size, tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"])
-        check = check_equivalence(source, family, drawn, stored, cloud, device, ids, head)
-        write_manifest(
-            DeviceManifest(
-                **common,
-                files=_entries(device),
-                family=family.name,
-                head=head,
-                hidden_size=normalized(source.config).hidden_size,
-                vocab_size=vocab_size,
-                context=source.config.max_position_embeddings,
-                tokenizer=text.kind,
-                tokenizer_proof=text.reason,
-                prefix_ids=_prefix_ids(tokenizer),
-                end_ids=source.end_ids(),
-                hidden_ids=sorted(tokenizer.all_special_ids),
-                special_tokens={key: str(value) for key, value in tokenizer.special_tokens_map.items()},
-                check=msgspec.to_builtins(check),
-            ),
-            device,
-        )
+        unmoved = write_cloud(source, family, drawn, plan, stored, cloud, key_id, shard_bytes)
+        write_manifest(CloudManifest(**common, files=_entries(cloud), absent=plan.absent), cloud)
+        half = write_device(source, family, drawn, stored, device, key_id, head)
+        check = check_equivalence(source, family, drawn, stored, cloud, device, half.samples, head)
+        manifest = DeviceManifest(**common | half.described, files=_entries(device), check=msgspec.to_builtins(check))
+        write_manifest(manifest, device)
         report = Report(
             **{field: common[field] for field in ("served_name", "key_id", "scheme", "dtype", "warning")},
             family=family.name,
             head=head,
+            streams=manifest.streams,
             log2_keys=None if drawn.log2_keys is None else round(drawn.log2_keys, 1),
-            tokenizer=text.kind,
-            tokenizer_proof=text.reason,
+            tokenizer=manifest.tokenizer,
+            tokenizer_proof=manifest.tokenizer_proof,
             check=check,
             unmoved=unmoved,
             seconds=round(time.monotonic() - started, 1),
         )
         (folder / "export.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     return report
+
+
+def _check_tied(model: str, source: Source, family: Family) -> None:
+    """Raises ExportError where devices could not classify with the embedding table they hold."""
+    if family.kind != "decoder":
+        raise ExportError(
+            f"model {model!r}: seen a model of kind {family.kind}, wanted a decoder of text for --head device",
+            hint="--head cloud",
+        )
+    assert family.classifier is not None
+    if source.tied.get(family.classifier) != family.embedding:
+        raise ExportError(
+            f"model {model!r}: its classifier is a matrix of its own ({family.classifier}), wanted a tied one, as a "
+            "device holds the embedding table alone",
+            hint="--head cloud",
+        )
 
 
 @contextmanager
@@ -183,95 +159,5 @@ def _appearing_whole(out: Path) -> Iterator[Path]:
         raise
 
 
-def _axes(family: Family, name: str) -> tuple[Axis, ...]:
-    """The axes of a tensor that is not dropped."""
-    axes = family.axes(name)
-    assert not isinstance(axes, Dropped)
-    return axes
-
-
-def _used_spaces(source: Source, family: Family, absent: list[str]) -> list[Structure]:
-    """The structures to draw secrets for. With neither table in the cloud, the vocabulary's order would hide nothing,
-    and must not count as part of the key space."""
-    structures = list(family.spaces(source.config))
-    if family.classifier not in absent:
-        return structures
-    return [
-        structure for structure in structures if not (isinstance(structure, Features) and structure.name == "vocab")
-    ]
-
-
-def _write_cloud(
-    source: Source,
-    family: Family,
-    scheme: Scheme,
-    dtype: torch.dtype,
-    folder: Path,
-    key_id: str,
-    shard_bytes: int,
-    absent: list[str],
-) -> tuple[dict[str, FileEntry], dict[str, str]]:
-    """The transformed checkpoint, tensor by tensor, but for what is `absent` from it.
-
-    Gives its files, and why which tensors stayed as they were.
-    """
-    origin = {name: name for name in source.shapes if name not in absent}
-    if family.embedding not in source.shapes:
-        raise FamilyError(f"tensor {family.embedding!r}: missing from the source", hint="is the checkpoint complete?")
-    if source.config.tie_word_embeddings and family.classifier not in absent:
-        origin[family.classifier] = family.embedding  # untied: the cloud gets a permuted copy as its classifier
-    table = {name: axes for name in sorted(origin) if not isinstance(axes := family.axes(name), Dropped)}
-    plans = [TensorPlan(name, source.shapes[origin[name]], dtype) for name in table]
-    shards = plan_shards(plans, shard_bytes)
-    progress = bar(plans, "transforming")
-
-    def transformed() -> Iterator[tuple[str, torch.Tensor]]:
-        for plan in progress:
-            tensor = source.read(origin[plan.name])
-            yield plan.name, scheme.act(plan.name, tensor, table[plan.name], source.read).to(dtype)
-
-    tensors = transformed()
-    for file, planned in shards.items():
-        part = (next(tensors) for _ in planned)
-        write_shard(folder / file, planned, part, {"key_id": key_id, "file": file})
-    next(progress, None)  # lets the bar finish
-    write_index(folder, shards)
-    config = _cloud_config(source.config, dtype)
-    if family.classifier in absent:
-        # Its true width would tell the base model, and make the stock class allocate two tables that nothing needs.
-        config["vocab_size"] = 1
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    unmoved = {name: reason for name, axes in table.items() if (reason := scheme.unmoved(axes))}
-    return _entries(folder), unmoved
-
-
-def _cloud_config(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The stock architecture's own settings and nothing else: no names, no paths, no token ids."""
-    known = type(config)().to_dict().keys()
-    kept = {
-        key: value
-        for key, value in config.to_dict().items()
-        if key in known
-        and not key.startswith("_")
-        and not key.endswith(("_token_id", "_token_ids"))
-        and "label" not in key
-    }
-    # Written out as null, so that the stock class does not put its own defaults there.
-    kept |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    return kept | {
-        "architectures": config.architectures,
-        "tie_word_embeddings": False,
-        "dtype": str(dtype).removeprefix("torch."),
-        "model_type": config.model_type,
-    }
-
-
 def _entries(folder: Path) -> dict[str, FileEntry]:
     return {path.name: file_entry(path) for path in bar(sorted(folder.iterdir()), f"digests of {folder.name}")}
-
-
-def _prefix_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before plain text."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    return [] if full[: len(bare)] == bare else full[: full.index(bare[0])]

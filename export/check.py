@@ -1,8 +1,9 @@
 """The equivalence check that ends every export (STIP theorem 1, tried on what was written).
 
-The original model reads ids and its own weights. The transformed one is what the two folders hold: embedding.onnx,
-key.safetensors, the cloud's shards, and classifier.onnx where the classifier is on the device. Both run layer by layer
-in float32 from weights in the exported dtype, so the figures show what the transformation costs and nothing else.
+The original model reads ids and pixels, and its own weights. The transformed one is what the two folders hold:
+embedding.onnx, image.onnx, key.safetensors, the cloud's shards, and classifier.onnx where the classifier is on the
+device. Both run layer by layer in float32 from weights in the exported dtype, so the figures show what the
+transformation costs and nothing else.
 
 A permutation moves values and rounds none. A rotation computes new ones: in float32 that is checked like a permutation;
 in 16 bits the map is checked before it is rounded, and what rounding costs is measured and reported.
@@ -10,24 +11,30 @@ in 16 bits the map is checked before it is rounded, and what rounding costs is m
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import onnxruntime as ort
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from export.classifier import CLASSIFIER
-from export.families import Axis, Dropped, Family
+from export.embedding import IMAGE
+from export.families import Family, Read
+from export.outputs import Inputs, Sent, from_sent, hidden_from_sent, plain
 from export.scheme import Head, Scheme
 from export.shards import Shards
 from export.source import Source
-from export.streaming import streamed_hidden, streamed_logits
+from export.spaces import Dropped, OnDevice
+from export.streaming import streamed
 from shared.errors import EquivalenceError
 from shared.key import UserKey
+from shared.wire import Array
 
 POSITIONS = 64  # a sequence
+IMAGE_AT = 2  # where an image stands in a sample of text
 # Permuted sums round differently. Through 30 layers of float32 that was 5e-6 of the largest logit; ten times it fails.
 TOLERANCE = 1e-4
 # Rounded new values, in units of roundoff of the largest logit: mean and greatest difference. SmolLM2 came to 0.5 and 4
@@ -36,7 +43,8 @@ ROUNDING_TOLERANCE = 4.0, 64.0
 
 
 class Check(msgspec.Struct, frozen=True):
-    """Differences of float32 logits, original against transformed and revealed."""
+    """Differences of float32 logits, original against transformed and revealed. Where a model has no classifier they
+    are hidden states, and the top token is the greatest feature."""
 
     positions: int
     max_difference: float
@@ -47,11 +55,48 @@ class Check(msgspec.Struct, frozen=True):
     rounded: bool = False  # whether the differences are those of storing new values in 16 bits
 
 
-def sample_ids(vocab_size: int, text_ids: list[int]) -> np.ndarray:
-    """Two sequences [2, POSITIONS]: text (repeated to length), and ids drawn evenly from the whole vocabulary."""
-    even = np.random.default_rng(0).integers(0, vocab_size, POSITIONS)
-    text = np.resize(text_ids, POSITIONS) if text_ids else even[::-1]
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """What both models are tried on. ids, target: [sequences, positions]; images: uint8 [images, height, width, 3], and
+    the same as the stock model takes them; image_tokens: positions of the text that stand for each image."""
+
+    ids: np.ndarray | None = None
+    target: np.ndarray | None = None
+    images: np.ndarray | None = None
+    pixels: torch.Tensor | None = None
+    image_tokens: int = 0
+
+    def inputs(self) -> Inputs:
+        """The same for the stock model."""
+        ids, target = (None if given is None else torch.from_numpy(given) for given in (self.ids, self.target))
+        return Inputs(ids, target, self.pixels)
+
+
+def sample_ids(vocab_size: int, text_ids: list[int], positions: int = POSITIONS) -> np.ndarray:
+    """Two sequences [2, positions]: text (repeated to length), and ids drawn evenly from the whole vocabulary."""
+    even = np.random.default_rng(0).integers(0, vocab_size, positions)
+    text = np.resize(text_ids, positions) if text_ids else even[::-1]
     return np.stack([text, even]).astype(np.int64)
+
+
+def original(source: Source, family: Family, dtype: torch.dtype) -> Read:
+    """Reads the stock model's tensors, rounded to `dtype`: shared and computed ones too, which no checkpoint stores."""
+
+    def read(name: str) -> torch.Tensor:
+        stored = stored_name(source, family, name)
+        if stored is None:
+            return (family.computed or {})[name](source.config)
+        return source.read(stored).to(dtype)
+
+    return read
+
+
+def stored_name(source: Source, family: Family, name: str) -> str | None:
+    """The name under which the source holds a tensor: its own, with the family's prefix or not, or that of the one it
+    is tied to."""
+    while name not in source.shapes and name in source.tied:
+        name = source.tied[name]
+    return next((known for known in (name, family.prefix + name) if known in source.shapes), None)
 
 
 def check_equivalence(
@@ -61,20 +106,15 @@ def check_equivalence(
     dtype: torch.dtype,
     cloud: Path,
     device: Path,
-    ids: np.ndarray,
+    samples: Samples,
     head: Head = "cloud",
 ) -> Check:
-    """Compares both models on `ids` [sequences, positions]. Raises EquivalenceError beyond the tolerance."""
-
-    def read_original(name: str) -> torch.Tensor:
-        stored = name if name in source.shapes else family.embedding  # a tied classifier
-        return source.read(stored).to(dtype)
-
+    """Compares both models on `samples`. Raises EquivalenceError beyond the tolerance."""
     rounded = not scheme.moves_only and dtype is not torch.float32
     if rounded:
-        _check_before_rounding(source, family, scheme, cloud, ids, head)
-    expected = streamed_logits(source.config, read_original, input_ids=torch.from_numpy(ids))
-    check = _compared(expected, written_logits(cloud, device, ids, head), rounded)
+        _check_before_rounding(source, family, scheme, cloud, device, samples, head)
+    expected = streamed(source.config, original(source, family, dtype), plain(family, samples.inputs()))
+    check = _compared(expected, written_rows(family, cloud, device, samples, head), rounded)
     unit = torch.finfo(dtype).eps / 2
     if rounded:
         mean, greatest = (units * unit * check.largest_logit for units in ROUNDING_TOLERANCE)
@@ -93,27 +133,33 @@ def check_equivalence(
 
 
 def _check_before_rounding(
-    source: Source, family: Family, scheme: Scheme, cloud: Path, ids: np.ndarray, head: Head
+    source: Source, family: Family, scheme: Scheme, cloud: Path, device: Path, samples: Samples, head: Head
 ) -> None:
-    """The transformation itself, in float32, against the original: logits, or hidden states if the cloud has none."""
-    config, key = AutoConfig.from_pretrained(cloud), scheme.user_key("check", head=head)
-    table = source.read(family.embedding).float()[torch.from_numpy(ids)]
+    """The transformation itself, in float32, against the original: logits, or hidden states if the cloud has none.
+
+    Both get what the device's graphs give, hidden or not.
+    """
+    config, key = _config(cloud), scheme.user_key("check", head=head)
+    read_plain = original(source, family, torch.float32)
 
     def read_original(name: str) -> torch.Tensor:
-        return source.read(name if name in source.shapes else family.embedding).float()  # a tied classifier
+        row = family.axes(name)
+        tensor = read_plain(name)
+        return torch.zeros_like(tensor) if isinstance(row, OnDevice) else tensor
 
     def read_transformed(name: str) -> torch.Tensor:
-        return scheme.act(name, read_original(name), _axes(family, name), source.read)
+        row, tensor = family.axes(name), read_original(name)
+        return tensor if isinstance(row, OnDevice | Dropped) else scheme.act(name, tensor, row, source.read)
 
-    sent = torch.from_numpy(key.hide(table.numpy()))
+    bare, sent = _sent(device, samples, None), _sent(device, samples, key)
     if head == "cloud":
-        expected = streamed_logits(source.config, read_original, inputs_embeds=table)
-        revealed = key.reveal_rows(streamed_logits(config, read_transformed, inputs_embeds=sent))
+        expected = streamed(config, read_original, from_sent(family, bare))
+        revealed = _revealed(key, streamed(config, read_transformed, from_sent(family, sent)))
     else:
-        expected = streamed_hidden(source.config, read_original, inputs_embeds=table)
-        revealed = key.reveal_hidden(streamed_hidden(config, read_transformed, inputs_embeds=sent))
-        if gain := scheme.folded(_axes(family, family.classifier)):
-            revealed = revealed * source.read(gain).float().numpy()
+        expected = streamed(config, read_original, hidden_from_sent(bare))
+        revealed = key.reveal_hidden(streamed(config, read_transformed, hidden_from_sent(sent)))
+        if (gain := folded_gain(source, family, scheme)) is not None:
+            revealed = revealed * gain.numpy()
     worst, largest = float(np.abs(revealed - expected).max()), float(np.abs(expected).max())
     if not worst <= TOLERANCE * largest:
         raise EquivalenceError(
@@ -123,38 +169,88 @@ def _check_before_rounding(
         )
 
 
-def _axes(family: Family, name: str) -> tuple[Axis, ...]:
-    axes = family.axes(name)
-    assert not isinstance(axes, Dropped)
-    return axes
+def folded_gain(source: Source, family: Family, scheme: Scheme) -> torch.Tensor | None:
+    """The last norm's gain [hidden_size] in float32, where the scheme took it out of the norm."""
+    assert family.classifier is not None
+    axes = family.axes(family.classifier)
+    assert isinstance(axes, tuple)
+    axis = scheme.folded(axes)
+    return None if axis is None else source.read(axis.gain).float() + axis.offset
 
 
-def written_logits(cloud: Path, device: Path, ids: np.ndarray, head: Head) -> np.ndarray:
-    """Logits [sequences, positions, vocab_size] that the two folders give together, revealed."""
+def written_rows(family: Family, cloud: Path, device: Path, samples: Samples, head: Head) -> np.ndarray:
+    """Rows [n, width] that the two folders give together, revealed."""
     key = UserKey.load(device / "key.safetensors")
-    config, read = AutoConfig.from_pretrained(cloud), Shards(cloud).read
-    embeddings = _onnx(device / "embedding.onnx", ids=ids.reshape(-1)).reshape(*ids.shape, -1)
-    sent = torch.from_numpy(key.hide(embeddings))
+    config, read, sent = _config(cloud), Shards(cloud).read, _sent(device, samples, key)
+    held = set(Shards(cloud).shapes)
+
+    def read_written(name: str) -> torch.Tensor:
+        # What is absent is not used either: modules that embed are not called, and nothing reads their tables.
+        if name not in held:
+            raise EquivalenceError(f"equivalence check: the stock model reads {name!r}, which is not in the cloud")
+        return read(name)
+
     if head == "cloud":
-        return key.reveal_rows(streamed_logits(config, read, inputs_embeds=sent))
-    hidden = key.reveal_hidden(streamed_hidden(config, read, inputs_embeds=sent))
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    return _onnx(device / CLASSIFIER, hidden=rows).reshape(*ids.shape, -1)
+        return _revealed(key, streamed(config, read_written, from_sent(family, sent)))
+    rows = key.reveal_hidden(streamed(config, read_written, hidden_from_sent(sent)))
+    return run_onnx(device / CLASSIFIER, hidden=rows)
 
 
-def _onnx(path: Path, **inputs: np.ndarray) -> np.ndarray:
-    """The one output of a model that is run once: folding its constants first would hold the table twice."""
+def _config(cloud: Path) -> PretrainedConfig:
+    config: PretrainedConfig = AutoConfig.from_pretrained(cloud)
+    return config
+
+
+def _revealed(key: UserKey, rows: Array) -> Array:
+    """Logits where the key reveals any, else hidden states."""
+    return key.reveal_rows(rows) if key.vocab is not None else key.reveal_hidden(rows)
+
+
+def _sent(device: Path, samples: Samples, key: UserKey | None) -> Sent:
+    """What a device makes of the samples; without a key, in plain."""
+
+    def hide(embeddings: Array, name: str = "hide") -> torch.Tensor:
+        return torch.from_numpy(embeddings if key is None else getattr(key, name)(embeddings))
+
+    if samples.ids is None:
+        assert samples.images is not None
+        return Sent(hide(_patches(device, samples.images)))
+    text = _embedded(device, samples.ids)
+    if samples.target is not None:
+        return Sent(hide(_embedded(device, samples.target)), hide(text, "hide_encoder"))
+    if samples.images is not None:
+        images = hide(_patches(device, samples.images), "hide_encoder")
+        return Sent(hide(text), images, IMAGE_AT, samples.image_tokens)
+    return Sent(hide(text))
+
+
+def _embedded(device: Path, ids: np.ndarray) -> Array:
+    """embedding.onnx's rows for ids [sequences, positions]."""
+    sequences, positions = ids.shape
+    rows = run_onnx(device / "embedding.onnx", ids=ids.reshape(-1), positions=np.tile(np.arange(positions), sequences))
+    return rows.reshape(*ids.shape, -1)
+
+
+def _patches(device: Path, images: np.ndarray) -> Array:
+    return np.stack([run_onnx(device / IMAGE, pixels=image) for image in images])
+
+
+def run_onnx(path: Path, **inputs: np.ndarray) -> np.ndarray:
+    """The one output of a graph that is run once: folding its constants first would hold its table twice. Inputs that
+    the graph does not have are left out."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    output: np.ndarray = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    known = {one.name for one in session.get_inputs()}
+    output: np.ndarray = session.run(None, {name: value for name, value in inputs.items() if name in known})[0]
     return output
 
 
 def _compared(expected: np.ndarray, revealed: np.ndarray, rounded: bool) -> Check:
     difference = np.abs(expected - revealed)
     worst = float(difference.max())
-    top = np.partition(expected, -2, axis=-1)[..., -2:]
-    margin = top[..., 1] - top[..., 0]
+    top = np.partition(expected, -2, axis=-1)[..., -2:] if expected.shape[-1] > 1 else expected
+    margin = top[..., -1] - top[..., 0]
     same = expected.argmax(-1) == revealed.argmax(-1)
     return Check(
         positions=same.size,

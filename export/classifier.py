@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
@@ -13,12 +14,18 @@ CLASSIFIER = "classifier.onnx"
 
 
 def export_classifier(
-    dtype: torch.dtype, shape: tuple[int, ...], folder: Path, *, gain: torch.Tensor | None = None
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    folder: Path,
+    *,
+    gain: torch.Tensor | None = None,
+    cap: float | None = None,
 ) -> None:
     """Writes classifier.onnx: `hidden` float32 [n, hidden_size] → `logits` float32 [n, vocab_size].
 
     dtype, shape: of the table that `export_embedding` wrote into `folder`; its bytes serve both.
     gain: [hidden_size], multiplied in first: the last norm's, where a scheme took it out of the norm.
+    cap: logits are cap · tanh(logits / cap), as Gemma 2 has them.
 
     Features lie along columns once the table is transposed, which is what one row is multiplied by fastest. It is
     transposed before it is widened, as ONNX Runtime does both once, when it loads, and holds what is between them.
@@ -32,6 +39,14 @@ def export_classifier(
     if gain is not None:
         nodes.insert(0, helper.make_node("Mul", ["hidden", "gain"], ["normed"]))
         initializers.append(numpy_helper.from_array(gain.float().numpy(), "gain"))
+    if cap is not None:
+        nodes[-1].output[0] = "uncapped"
+        nodes += [
+            helper.make_node("Div", ["uncapped", "cap"], ["scaled"]),
+            helper.make_node("Tanh", ["scaled"], ["bounded"]),
+            helper.make_node("Mul", ["bounded", "cap"], ["logits"]),
+        ]
+        initializers.append(numpy_helper.from_array(np.float32(cap), "cap"))
     vocab_size, hidden_size = shape
     graph = helper.make_graph(
         nodes,

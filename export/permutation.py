@@ -14,8 +14,17 @@ from typing import Literal
 import numpy as np
 import torch
 
-from export.families import Axis, Gated, Heads, Structure
-from export.scheme import RandomBytes, Read, SchemeName, Secret, act_on_axes, random_permutation, why_unmoved
+from export.scheme import (
+    RandomBytes,
+    Read,
+    SchemeName,
+    Secret,
+    act_on_axes,
+    key_of,
+    random_permutation,
+    why_unmoved,
+)
+from export.spaces import After, Axis, Gated, Heads, Structure
 from shared.key import Index, UserKey
 
 
@@ -63,11 +72,13 @@ class Permutation:
         key, query, value, attended = [], [], [], []
         for source in key_value_order:  # the key/value head that comes next in the permuted model
             mixed = self._order(heads.dim)
-            key.append(source * heads.dim + inside)
+            turned = heads.dim - heads.free
+            placed = np.concatenate([inside[:turned], turned + self._order(heads.free)])
+            key.append(source * heads.dim + placed)
             value.append(source * heads.dim + mixed)
             for member in self._order(group):
                 head = source * group + member
-                query.append(head * heads.dim + inside)
+                query.append(head * heads.dim + placed)
                 attended.append(head * heads.dim + mixed)
         self._secrets[heads.query] = Order(np.concatenate(query))
         self._secrets[heads.key] = Order(np.concatenate(key))
@@ -83,11 +94,14 @@ class Permutation:
     def act(self, name: str, tensor: torch.Tensor, axes: tuple[Axis, ...], read: Read) -> torch.Tensor:
         return act_on_axes(name, tensor, axes, self._secrets)
 
-    def folded(self, axes: tuple[Axis, ...]) -> str | None:
+    def folded(self, axes: tuple[Axis, ...]) -> After | None:
         return None
+
+    def turns(self, space: str) -> bool:
+        return False
 
     def unmoved(self, axes: tuple[Axis, ...]) -> str | None:
         return why_unmoved(axes, lambda space: bool((np.diff(self.index(space)) == 1).all()))
 
     def user_key(self, key_id: str, *, head: Literal["cloud", "device"] = "cloud") -> UserKey:
-        return UserKey(key_id, self.index("residual"), self.index("vocab") if head == "cloud" else None)
+        return key_of(key_id, self.index, self._secrets, head)

@@ -20,10 +20,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from export.families import After, Axis, Features, Gain, Gated, Heads, Stream, Structure
 from export.permutation import Order
-from export.scheme import RandomBytes, Read, SchemeName, Secret, act_on_axes, fold, random_permutation, why_unmoved
-from shared.errors import FamilyError
+from export.scheme import (
+    RandomBytes,
+    Read,
+    SchemeName,
+    Secret,
+    act_on_axes,
+    fold,
+    key_of,
+    random_permutation,
+    why_unmoved,
+)
+from export.spaces import After, Axis, Features, Gain, Gated, Heads, Stream, Structure
 from shared.key import UserKey
 
 Matrix = npt.NDArray[np.float64]
@@ -85,7 +94,7 @@ class Rotation:
     def __init__(self, structures: Iterable[Structure], random_bytes: RandomBytes = os.urandom) -> None:
         self._random_bytes = random_bytes
         self._secrets: dict[str, Secret] = {}
-        self._folds = True
+        self._folding: set[str] = set()  # streams whose norms' weights move into what reads through them
         for structure in structures:
             if isinstance(structure, Stream):
                 self._secrets[structure.name] = self._draw_stream(structure)
@@ -97,31 +106,36 @@ class Rotation:
                 self._draw_heads(structure)
 
     def act(self, name: str, tensor: torch.Tensor, axes: tuple[Axis, ...], read: Read) -> torch.Tensor:
-        if self._folds and any(isinstance(axis, Gain) for axis in axes):
-            return torch.ones_like(tensor, dtype=torch.float32)
-        tensor = fold(tensor, axes, read) if self._folds else tensor.float()
-        return act_on_axes(name, tensor, axes, self._secrets)
+        folded = fold(tensor, axes, read, self._folding.__contains__)
+        if isinstance(axes[0], Gain) and axes[0].space in self._folding:
+            return folded  # ones, in any basis
+        return act_on_axes(name, folded, axes, self._secrets)
 
-    def folded(self, axes: tuple[Axis, ...]) -> str | None:
-        return next((axis.gain for axis in axes if isinstance(axis, After)), None) if self._folds else None
+    def folded(self, axes: tuple[Axis, ...]) -> After | None:
+        return next((axis for axis in axes if isinstance(axis, After) and axis.space in self._folding), None)
+
+    def turns(self, space: str) -> bool:
+        return isinstance(self._secrets[space], Blocks)
 
     def unmoved(self, axes: tuple[Axis, ...]) -> str | None:
         return why_unmoved(axes, lambda space: _is_identity(self._secrets[space]))
 
     def user_key(self, key_id: str, *, head: Literal["cloud", "device"] = "cloud") -> UserKey:
-        residual = self._secrets["residual"]
-        return UserKey(
-            key_id,
-            residual.matrices[0].astype(np.float32) if isinstance(residual, Blocks) else _index(residual),
-            _index(self._secrets["vocab"]) if head == "cloud" else None,
-        )
+        return key_of(key_id, self._for_devices, self._secrets, head)
+
+    def _for_devices(self, space: str) -> Any:
+        secret = self._secrets[space]
+        if isinstance(secret, Blocks):
+            return secret.matrices[0].astype(np.float32)
+        assert isinstance(secret, Order)
+        return secret.index
 
     # --- draws ---
 
     def _draw_stream(self, stream: Stream) -> Secret:
         if stream.norm == "post":
-            self._folds = False
             return self._draw_order(stream.size)
+        self._folding.add(stream.name)
         if stream.norm == "rms":
             basis = random_orthogonal(1, stream.size, self._random_bytes)
         else:
@@ -149,11 +163,27 @@ class Rotation:
         if heads.normed:
             query = key = np.broadcast_to(np.eye(dim), (groups, dim, dim)).copy()
         else:
-            query, key = self._planes(groups, dim)
+            query, key = self._turns(groups, dim - heads.free, heads.free)
         self._secrets[heads.query] = Blocks(query_order, query.repeat(group, 0))
         self._secrets[heads.key] = Blocks(order, key)
         self._secrets[heads.value] = Blocks(order, values)
         self._secrets[heads.attended] = Blocks(query_order, values.repeat(group, 0))
+
+    def _turns(self, heads: int, rotary: int, free: int) -> tuple[Matrix, Matrix]:
+        """For query and key, matrices [heads, dim, dim] whose product with one another's transpose is the identity.
+
+        The first `rotary` features turn by planes; the `free` ones behind them by any orthogonal matrix. Both are
+        scaled in the query and back in the key.
+        """
+        query = np.zeros((heads, rotary + free, rotary + free))
+        key = query.copy()
+        if rotary:
+            query[:, :rotary, :rotary], key[:, :rotary, :rotary] = self._planes(heads, rotary)
+        if free:
+            basis = random_orthogonal(heads, free, self._random_bytes)
+            factor = self._factors(heads * free).reshape(heads, 1, free)
+            query[:, rotary:, rotary:], key[:, rotary:, rotary:] = basis * factor, basis / factor
+        return query, key
 
     def _planes(self, heads: int, dim: int) -> tuple[Matrix, Matrix]:
         """For query and key, matrices [heads, dim, dim] that turn the plane of features f and f + dim/2 and scale it.
@@ -206,12 +236,6 @@ def orthogonal_keeping_ones(size: int, random_bytes: RandomBytes = os.urandom) -
         inner[1:, 1:] = random_orthogonal(1, size - 1, random_bytes)[0]
     kept: Matrix = mirror @ inner @ mirror
     return kept
-
-
-def _index(secret: Secret) -> Any:
-    if not isinstance(secret, Order):
-        raise FamilyError("the residual stream or the vocabulary has neither a basis nor an order")
-    return secret.index
 
 
 def _is_identity(secret: Secret) -> bool:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
-from export.families import After, Axis, Fixed, Structure, space_of
+from export.spaces import After, Axis, Each, Fixed, Gain, Shift, Structure, of_each, spaces_of
 from shared.errors import FamilyError
 from shared.key import Index, UserKey
+from shared.wire import Array
 
 RandomBytes = Callable[[int], bytes]
 Head = Literal["cloud", "device"]  # where the classifier runs
@@ -41,8 +42,11 @@ class Scheme(Protocol):
         """`tensor` in the secret coordinates of its axes. `read` gives other tensors of the original, such as the gain
         of the norm before it. Raises FamilyError where a shape does not fit its spaces."""
 
-    def folded(self, axes: tuple[Axis, ...]) -> str | None:
-        """The norm's weight that `act` takes out of the norm and puts into a tensor with these axes, if it does so."""
+    def folded(self, axes: tuple[Axis, ...]) -> After | None:
+        """The axis whose norm's weight `act` takes out of the norm and puts into a tensor with these axes, if any."""
+
+    def turns(self, space: str) -> bool:
+        """Whether the features of a space become mixtures of one another, rather than change places."""
 
     def unmoved(self, axes: tuple[Axis, ...]) -> str | None:
         """Why a tensor with these axes is stored as it was, or None if it is not."""
@@ -60,45 +64,85 @@ def draw(name: SchemeName, structures: Iterable[Structure], random_bytes: Random
     return kinds[name](structures, random_bytes)
 
 
-def act_on_axes(name: str, tensor: torch.Tensor, axes: tuple[Axis, ...], secrets: dict[str, Secret]) -> torch.Tensor:
-    """`tensor` with every axis that may move in the coordinates of its space."""
+def act_on_axes(name: str, tensor: torch.Tensor, axes: tuple[Axis, ...], secrets: Mapping[str, Secret]) -> torch.Tensor:
+    """`tensor` with every axis that may move in the coordinates of its spaces. Raises FamilyError for a shape that
+    does not fit them."""
     if tensor.ndim != len(axes):
         raise FamilyError(f"tensor {name!r}: seen {tensor.ndim} axes, wanted {len(axes)}")
+    if isinstance(axes[0], Each):
+        stack = secrets[axes[0].space]
+        _check_size(name, tensor, 0, stack.size, axes[0].space)
+        one_by_one = zip(tensor, of_each(axes, len(tensor)), strict=True)
+        return stack.act(torch.stack([act_on_axes(name, part, rest, secrets) for part, rest in one_by_one]), 0)
     for dimension, axis in enumerate(axes):
-        if (space := space_of(axis)) is None:
+        spaces = spaces_of(axis)
+        if not spaces:
             continue
-        secret = secrets[space]
-        if tensor.shape[dimension] != secret.size:
-            raise FamilyError(
-                f"tensor {name!r}: seen {tensor.shape[dimension]} on axis {dimension}, wanted {secret.size} ({space})"
-            )
-        tensor = secret.act(tensor, dimension)
+        sizes = [secrets[space].size for space in spaces]
+        _check_size(name, tensor, dimension, sum(sizes), " + ".join(spaces))
+        parts = tensor.split(sizes, dimension)
+        moved = [secrets[space].act(part, dimension) for space, part in zip(spaces, parts, strict=True)]
+        tensor = moved[0] if len(moved) == 1 else torch.cat(moved, dimension)
     return tensor
 
 
-def fold(tensor: torch.Tensor, axes: tuple[Axis, ...], read: Read) -> torch.Tensor:
-    """`tensor` in float32 with the gain of the norm that it reads through multiplied in."""
+def _check_size(name: str, tensor: torch.Tensor, dimension: int, size: int, space: str) -> None:
+    if tensor.shape[dimension] != size:
+        raise FamilyError(
+            f"tensor {name!r}: seen {tensor.shape[dimension]} on axis {dimension}, wanted {size} ({space})"
+        )
+
+
+def fold(tensor: torch.Tensor, axes: tuple[Axis, ...], read: Read, folds: Callable[[str], bool]) -> torch.Tensor:
+    """`tensor` in float32 with norms' weights where `folds` says so of their space: in what reads through the norm,
+    and out of the norm. A norm's bias is divided by the weight, so that the reader gives it back.
+
+    Raises FamilyError where a weight of 0 meets a bias.
+    """
     tensor = tensor.float()
     for dimension, axis in enumerate(axes):
-        if isinstance(axis, After):
+        if isinstance(axis, Gain) and folds(axis.space):
+            return torch.full_like(tensor, 1 - axis.offset)
+        if isinstance(axis, Shift) and folds(axis.space):
+            gain = read(axis.gain).double()
+            if not gain.all():
+                raise FamilyError(
+                    f"tensor {axis.gain!r}: a norm's weight of 0 cannot be folded, as its bias would be lost",
+                    hint="--scheme permutation",
+                )
+            return (tensor.double() / gain).float()
+        if isinstance(axis, After) and folds(axis.space):
             shape = [1] * tensor.ndim
             shape[dimension] = -1
-            tensor = tensor * read(axis.gain).float().view(shape)
+            tensor = tensor * (read(axis.gain).float() + axis.offset).view(shape)
     return tensor
 
 
 def why_unmoved(axes: tuple[Axis, ...], stays: Callable[[str], bool]) -> str | None:
     """The reasons of axes that are all where they were (`stays` says so of a space), or None if one is not."""
+    if isinstance(axes[0], Each):
+        return None  # many draws, none of which may leave everything where it was
     reasons = []
     for axis in axes:
-        space = space_of(axis)
+        spaces = spaces_of(axis)
         if isinstance(axis, Fixed):
             reasons.append(axis.reason)
-        elif space is not None and stays(space):
-            reasons.append(f"{space} moves by whole heads alone, and the draw left their order as it was")
+        elif all(map(stays, spaces)):
+            reasons += [f"the draw left {space} as it was: it has few heads or features" for space in spaces]
         else:
             return None
     return "; ".join(reasons)
+
+
+def key_of(key_id: str, secret: Callable[[str], Array], secrets: Mapping[str, Secret], head: Head) -> UserKey:
+    """The user key of drawn secrets; `secret` gives one as devices need it."""
+    logits = next((space for space in ("vocab", "classes") if space in secrets), None)
+    return UserKey(
+        key_id,
+        secret("residual"),
+        secret(logits) if logits and head == "cloud" else None,
+        secret("encoder") if "encoder" in secrets else None,
+    )
 
 
 def random_permutation(size: int, random_bytes: RandomBytes = os.urandom) -> Index:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Protocol
 
 import gguf
 import torch
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from export.families import normalized
+from export.families import family_of, normalized
 from export.progress import listed
 from export.shards import Shards
-from export.streaming import empty_model
+from export.spaces import Dropped
+from export.stock import StockNames, empty_model
 from shared.errors import SourceError
 
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
 class Source(Protocol):
     """A model to export."""
 
-    config: PretrainedConfig
+    config: PretrainedConfig  # its `architectures` name the class that is served
     shapes: dict[str, tuple[int, ...]]  # of every tensor, under the stock model's names
+    tied: dict[str, str]  # tensors of the stock model that are other ones
     dtype: torch.dtype  # the one that holds every stored value exactly
 
     def read(self, name: str) -> torch.Tensor:
@@ -33,6 +37,15 @@ class Source(Protocol):
 
     def end_ids(self) -> list[int]:
         """Token ids at which generation ends."""
+
+    def banned_ids(self) -> list[int]:
+        """Token ids that are never generated."""
+
+    def image_settings(self) -> dict[str, Any]:
+        """What the stock image processor does to an image: its settings, as transformers names them."""
+
+    def pooling(self) -> dict[str, Any]:
+        """How hidden states become a sentence's vector, as sentence-transformers says it; empty if nothing does."""
 
 
 def open_source(model: str) -> Source:
@@ -86,12 +99,15 @@ class FolderSource:
             raise SourceError(f"{folder}: no config.json", hint="give the folder that save_pretrained() wrote")
         self.folder = folder
         self.config = _config(folder)
-        self._shards = Shards(folder)
-        self.shapes = self._shards.shapes
-        self.dtype = _exact_dtype(self._shards.dtypes, folder)
-
-    def read(self, name: str) -> torch.Tensor:
-        return self._shards.read(name)
+        family = family_of(self.config)
+        self.config.architectures = [family.served_class(self.config)]
+        shards = Shards(folder)
+        names = StockNames(self.config, shards.shapes, shards.read)
+        self.shapes, self.tied, self.read = names.shapes, names.tied, names.read
+        kept = [name for name in self.shapes if not isinstance(family.axes(name), Dropped)]
+        self.dtype = _exact_dtype(
+            {stored: shards.dtypes[stored] for name in kept for stored in names.stored(name)}, folder
+        )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if not any((self.folder / name).exists() for name in TOKENIZER_FILES):
@@ -99,12 +115,44 @@ class FolderSource:
         return AutoTokenizer.from_pretrained(self.folder)
 
     def end_ids(self) -> list[int]:
-        from transformers import GenerationConfig
-
-        ids = _as_list(self.config.eos_token_id)
-        if (self.folder / "generation_config.json").exists():
-            ids += _as_list(GenerationConfig.from_pretrained(self.folder).eos_token_id)
+        ids = _as_list(self.config.get_text_config().eos_token_id) + _as_list(self._generation().get("eos_token_id"))
         return sorted(set(ids))
+
+    def banned_ids(self) -> list[int]:
+        words = self._generation().get("bad_words_ids") or []
+        return sorted({word[0] for word in words if len(word) == 1})
+
+    def _generation(self) -> dict[str, Any]:
+        return _json(self.folder / "generation_config.json")
+
+    def image_settings(self) -> dict[str, Any]:
+        if not any((self.folder / name).exists() for name in IMAGE_FILES):
+            raise SourceError(f"{self.folder}: no {IMAGE_FILES[0]}", hint="copy it into the model's folder")
+        processor = AutoImageProcessor.from_pretrained(self.folder, backend="pil")
+        settings: dict[str, Any] = processor.to_dict()
+        return settings
+
+    def pooling(self) -> dict[str, Any]:
+        modules = self.folder / "modules.json"
+        if not modules.exists():
+            return {}
+        kinds = [module["type"].rpartition(".")[2] for module in json.loads(modules.read_text())]
+        if unknown := set(kinds) - {"Transformer", "Pooling", "Normalize"}:
+            raise SourceError(
+                f"{modules}: seen the module {sorted(unknown)[0]}, wanted Transformer, Pooling, Normalize"
+            )
+        return _json(self.folder / "1_Pooling" / "config.json") | {"normalize": "Normalize" in kinds}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file of settings; empty where there is none. Raises SourceError if it cannot be read."""
+    if not path.exists():
+        return {}
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SourceError(f"{path}: {error}", hint="download the model again") from None
+    return settings
 
 
 def _exact_dtype(dtypes: dict[str, str], folder: Path) -> torch.dtype:
@@ -134,8 +182,11 @@ class GgufSource:
         except (ValueError, OSError, KeyError, IndexError) as error:
             raise SourceError(f"{path}: {error}", hint="truncated or not GGUF? download it again") from None
         self.config = _config(path.parent, gguf_file=path.name)
-        if self.config.architectures is None:
-            self.config.architectures = _stock_class(self.config)
+        family = family_of(self.config)
+        if family.kind != "decoder":
+            raise SourceError(f"{path}: seen the architecture {self.config.model_type!r}, wanted a decoder of text")
+        self.config.architectures = [family.served_class(self.config)]
+        self.tied = dict(empty_model(self.config).all_tied_weights_keys or {})
         self._architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
         self._tensors = self._under_stock_names({tensor.name: tensor for tensor in reader.tensors})
         self.shapes = {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in self._tensors.items()}
@@ -172,11 +223,14 @@ class GgufSource:
     def end_ids(self) -> list[int]:
         return sorted(set(_as_list(self.config.eos_token_id)))
 
+    def banned_ids(self) -> list[int]:
+        return []
 
-def _stock_class(config: PretrainedConfig) -> list[str]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    def image_settings(self) -> dict[str, Any]:
+        raise SourceError(f"{self.path}: a GGUF file says nothing about images")
 
-    return [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    def pooling(self) -> dict[str, Any]:
+        return {}
 
 
 def _stock_parameters(config: PretrainedConfig) -> list[str]:

@@ -36,7 +36,7 @@ from device_app.assistant import Assistant
 from device_app.bundle import Bundle
 from device_app.connection import Address
 from examples.smollm2 import smollm2_gguf as smollm2_package
-from export import bundle
+from export import device_half
 from export.bundle import export_model
 from export.scheme import Head, SchemeName
 from export.tokenizer import TokenizerReport
@@ -136,7 +136,7 @@ def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 @pytest.fixture(scope="session", autouse=True)
 def tokenizers_proved_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """An export proves its tokenizer on thousands of texts. The tiny ones all have the same: later ones get copies."""
-    prove = bundle.export_tokenizer
+    prove = device_half.export_tokenizer
     proved: dict[str, tuple[TokenizerReport, Path]] = {}
 
     def proved_once(tokenizer: Any, folder: Path) -> TokenizerReport:
@@ -150,7 +150,7 @@ def tokenizers_proved_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator
         return report
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bundle, "export_tokenizer", proved_once)
+        patch.setattr(device_half, "export_tokenizer", proved_once)
         yield
 
 

@@ -13,7 +13,7 @@ from export.audit.attack import Attack, Outcome, needs_base
 from export.audit.look_up import TOKENS, norms, sorted_entries
 from export.audit.matching import nearest, nearest_number, procrustes, turn
 from export.audit.scene import Scene, Weights, unprotected
-from export.families import After, Dropped, space_of
+from export.spaces import After, Dropped, spaces_of
 from shared.wire import Array
 
 STRENGTHS = (0.0, 0.1, 0.3, 0.5)  # of a perturbation, as a share of each tensor's own spread
@@ -44,7 +44,7 @@ def reading_rows(scene: Scene, space: str) -> list[Pair]:
         if isinstance(axes, Dropped) or len(axes) != 2 or name not in scene.base.shapes:
             continue
         rows, reads = axes
-        if isinstance(reads, After) and (space_of(rows) or "").split("[")[0] == space:
+        if isinstance(reads, After) and "".join(spaces_of(rows)).split("[")[0] == space:
             pairs.append(Pair(name, _folded(scene.base, name, reads), _folded(scene.target.weights, name, reads)))
     return pairs
 

@@ -14,12 +14,13 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from export.audit.corpus import Text, read_text
-from export.families import Axis, Dropped, Family, Gain, Structure, family_of
+from export.families import Family, family_of
 from export.permutation import Permutation
 from export.scheme import Read, fold
 from export.shards import Shards
 from export.source import Source, open_source
-from export.streaming import empty_model
+from export.spaces import Axis, Dropped, Gain, Structure
+from export.stock import empty_model
 from shared.errors import AuditError
 from shared.key import Index, UserKey
 from shared.manifest import CloudManifest, DeviceManifest, read_manifest
@@ -94,7 +95,7 @@ class Backwards(Permutation):
     def act(self, name: str, tensor: torch.Tensor, axes: tuple[Axis, ...], read: Read) -> torch.Tensor:
         if self._folds and any(isinstance(axis, Gain) for axis in axes):
             return torch.ones_like(tensor)
-        return super().act(name, fold(tensor, axes, read) if self._folds else tensor, axes, read)
+        return super().act(name, fold(tensor, axes, read, lambda space: True) if self._folds else tensor, axes, read)
 
     def _order(self, size: int) -> Index:
         return np.arange(size)[::-1].copy()

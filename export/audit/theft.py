@@ -15,7 +15,7 @@ from export.audit.attack import Attack, Outcome, needs_base, needs_cloud_head
 from export.audit.corpus import Text
 from export.audit.scene import Scene, Target, Weights, unprotected
 from export.audit.traffic import distinct_vectors, labels, nearest_rows, needs_tied, read_cipher, undo_gain
-from export.families import After, Dropped
+from export.spaces import After, Dropped
 from shared.key import Index, UserKey
 from shared.wire import Array
 

@@ -118,7 +118,8 @@ def test_a_transformation_that_changes_the_function_is_caught(
     # The paper's printed SwiGLU rule leaves W₁ where it was.
     from dataclasses import replace
 
-    from export.families import LLAMA, Fixed
+    from export.families import LLAMA
+    from export.spaces import Fixed
 
     wrong = LLAMA.tensors | {"model.layers.{i}.mlp.gate_proj.weight": (Fixed("as printed"), "residual")}
     monkeypatch.setattr(bundle, "family_of", lambda config: replace(LLAMA, tensors=wrong))
@@ -133,7 +134,8 @@ def test_forgotten_norm_weights_are_caught(
     # The authors' public code forgets them and passes, because its weights are all ones.
     from dataclasses import replace
 
-    from export.families import LLAMA, Fixed
+    from export.families import LLAMA
+    from export.spaces import Fixed
 
     wrong = LLAMA.tensors | {"model.norm.weight": (Fixed("forgotten"),)}
     monkeypatch.setattr(bundle, "family_of", lambda config: replace(LLAMA, tensors=wrong))

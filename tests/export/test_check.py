@@ -13,9 +13,9 @@ import torch
 from export import bundle
 from export.bundle import export_model
 from export.check import ROUNDING_TOLERANCE, Check, sample_ids
-from export.families import After, Gain
 from export.rotation import Blocks, Rotation, Scaled
 from export.scheme import Head, random_permutation
+from export.spaces import After, Gain
 from shared.errors import EquivalenceError
 from shared.wire import FloatName
 

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from device_app.bundle import Bundle
-from export.families import LLAMA, Dropped, Fixed, family_of
+from export.families import LLAMA, family_of
 from export.scheme import SchemeName
 from export.shards import Shards
+from export.spaces import Dropped, Fixed
 from shared.errors import FamilyError
 from tests.conftest import TINY, make_checkpoint, run_cloud
 

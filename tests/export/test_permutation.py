@@ -8,9 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.families import LLAMA, Features, Fixed, Heads
+from export.families import LLAMA
 from export.permutation import Permutation
 from export.scheme import random_permutation
+from export.spaces import Features, Fixed, Heads
 from shared.errors import FamilyError
 from tests.conftest import TINY
 

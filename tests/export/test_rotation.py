@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from export import rotation
-from export.families import LLAMA, After, Axis, Features, Fixed, Gain, Gated, Heads, Stream
+from export.families import LLAMA
 from export.permutation import Order
 from export.rotation import Blocks, Rotation, Scaled, orthogonal_keeping_ones, random_orthogonal, random_uniform
 from export.shards import Shards
+from export.spaces import After, Axis, Features, Fixed, Gain, Gated, Heads, Stream
 from shared.errors import FamilyError
 from tests.conftest import SIZES, TINY
 

@@ -56,19 +56,22 @@ class Permutation:
             if isinstance(structure, Heads):
                 self._draw_heads(structure)
             elif isinstance(structure, Gated):
-                order = Order(self._order(structure.size))
+                order = Order(self._order(structure.size, moves=True))
                 self._secrets |= dict.fromkeys((structure.gate, structure.up, structure.product), order)
             else:
-                self._secrets[structure.name] = Order(self._order(structure.size))
+                self._secrets[structure.name] = Order(self._order(structure.size, moves=True))
 
-    def _order(self, size: int) -> Index:
-        self.log2_keys = (self.log2_keys or 0.0) + math.lgamma(size + 1) / math.log(2)
-        return random_permutation(size, self._random_bytes)
+    def _order(self, size: int, *, moves: bool = False) -> Index:
+        orders = math.lgamma(size + 1) / math.log(2)
+        if moves and 1 < size < 20:  # beyond, one order less is no difference
+            orders = math.log2(math.factorial(size) - 1)
+        self.log2_keys = (self.log2_keys or 0.0) + orders
+        return random_permutation(size, self._random_bytes, moves=moves)
 
     def _draw_heads(self, heads: Heads) -> None:
         group = heads.query_heads // heads.key_value_heads
         inside = np.arange(heads.dim)
-        key_value_order = self._order(heads.key_value_heads)
+        key_value_order = self._order(heads.key_value_heads, moves=True)
         key, query, value, attended = [], [], [], []
         for source in key_value_order:  # the key/value head that comes next in the permuted model
             mixed = self._order(heads.dim)
@@ -76,7 +79,7 @@ class Permutation:
             placed = np.concatenate([inside[:turned], turned + self._order(heads.free)])
             key.append(source * heads.dim + placed)
             value.append(source * heads.dim + mixed)
-            for member in self._order(group):
+            for member in self._order(group, moves=heads.key_value_heads == 1):
                 head = source * group + member
                 query.append(head * heads.dim + placed)
                 attended.append(head * heads.dim + mixed)

@@ -143,7 +143,7 @@ class Rotation:
         return Blocks(np.zeros(1, np.int64), basis)
 
     def _draw_order(self, size: int) -> Order:
-        return Order(random_permutation(size, self._random_bytes))
+        return Order(random_permutation(size, self._random_bytes, moves=True))
 
     def _draw_gated(self, gated: Gated) -> None:
         order = self._draw_order(gated.size)
@@ -156,8 +156,8 @@ class Rotation:
     def _draw_heads(self, heads: Heads) -> None:
         groups, dim = heads.key_value_heads, heads.dim
         group = heads.query_heads // groups
-        order = random_permutation(groups, self._random_bytes)
-        members = np.stack([random_permutation(group, self._random_bytes) for _ in range(groups)])
+        order = random_permutation(groups, self._random_bytes, moves=True)
+        members = np.stack([random_permutation(group, self._random_bytes, moves=groups == 1) for _ in range(groups)])
         query_order = (order[:, None] * group + members).reshape(-1)
         values = random_orthogonal(groups, dim, self._random_bytes)
         if heads.normed:

@@ -128,7 +128,7 @@ def why_unmoved(axes: tuple[Axis, ...], stays: Callable[[str], bool]) -> str | N
         if isinstance(axis, Fixed):
             reasons.append(axis.reason)
         elif all(map(stays, spaces)):
-            reasons += [f"the draw left {space} as it was: it has few heads or features" for space in spaces]
+            reasons += [f"{space} moves by whole heads or features alone, and there is one of them" for space in spaces]
         else:
             return None
     return "; ".join(reasons)
@@ -145,10 +145,14 @@ def key_of(key_id: str, secret: Callable[[str], Array], secrets: Mapping[str, Se
     )
 
 
-def random_permutation(size: int, random_bytes: RandomBytes = os.urandom) -> Index:
-    """A uniformly random order of `size` things: sorts random 64-bit keys, and draws again should two be equal."""
+def random_permutation(size: int, random_bytes: RandomBytes = os.urandom, *, moves: bool = False) -> Index:
+    """A uniformly random order of `size` things: sorts random 64-bit keys, and draws again should two be equal.
+
+    moves: draw among the orders that leave not everything where it was, where there is another.
+    """
     while True:
         keys = np.frombuffer(random_bytes(8 * size), np.uint64)
         order = np.argsort(keys)
-        if np.all(np.diff(keys[order]) > 0):
+        stays = moves and size > 1 and bool((np.diff(order) == 1).all())
+        if np.all(np.diff(keys[order]) > 0) and not stays:
             return order.astype(np.int64)

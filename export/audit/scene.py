@@ -97,7 +97,7 @@ class Backwards(Permutation):
             return torch.ones_like(tensor)
         return super().act(name, fold(tensor, axes, read, lambda space: True) if self._folds else tensor, axes, read)
 
-    def _order(self, size: int) -> Index:
+    def _order(self, size: int, *, moves: bool = False) -> Index:
         return np.arange(size)[::-1].copy()
 
 

@@ -144,7 +144,7 @@ def test_gains_become_ones_and_go_into_what_reads_them() -> None:
     assert torch.equal(drawn.act("the.gain", gain, (Gain("residual"),), read), torch.ones(24))
     assert asked == []
     transformed = drawn.act("w", weight, axes, read)
-    assert asked == ["the.gain"] and drawn.folded(axes) == "the.gain"
+    assert asked == ["the.gain"] and drawn.folded(axes) == After("residual", "the.gain")
     basis = torch.from_numpy(blocks(drawn, "residual").matrices[0]).float()
     assert torch.allclose((states * gain) @ weight.T, (states @ basis) @ transformed.T, atol=1e-4)
 

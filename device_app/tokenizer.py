@@ -36,8 +36,12 @@ class Tokenizer(Protocol):
         """A fresh stream."""
 
 
-def open_tokenizer(folder: Path, kind: Literal["onnx", "json"]) -> Tokenizer:
+def open_tokenizer(folder: Path, kind: Literal["onnx", "json", "sentencepiece"]) -> Tokenizer:
     """The tokenizer of a bundle. Raises BundleError if a file is missing or unreadable."""
+    if kind == "sentencepiece":
+        from device_app.pieces import PieceTokenizer  # its library is for translation models alone
+
+        return PieceTokenizer(folder / "source.spm", folder / "vocab.json")
     fallback = JsonTokenizer(folder / "tokenizer.json")
     if kind == "json":
         return fallback

@@ -68,7 +68,7 @@ def write_device(
     if head == "device":
         _write_classifier(source, family, scheme, dtype, folder)
     if family.kind in ("encoder", "image-encoder"):
-        half.described |= _outputs(source, family, bool(half.described["labels"]))
+        half.described |= _outputs(source, family, half.described)
     return half
 
 
@@ -202,8 +202,8 @@ def _labels(config: Any, classes: int) -> list[str]:
     return [str(config.id2label[number]) for number in range(classes)]
 
 
-def _outputs(source: Source, family: Family, classes: bool) -> dict[str, Any]:
-    """What an encoder can be asked for."""
+def _outputs(source: Source, family: Family, described: dict[str, Any]) -> dict[str, Any]:
+    """What an encoder can be asked for, and how it makes one vector of a sentence."""
     if family.kind == "image-encoder":
         return {"outputs": ["logits"]}
     outputs = ["hidden"]
@@ -214,7 +214,8 @@ def _outputs(source: Source, family: Family, classes: bool) -> dict[str, Any]:
     if settings and not (settings.get("pooling_mode_cls_token") or settings.get("pooling_mode_mean_tokens")):
         raise ExportError("sentence pooling: wanted the mean of all tokens, or the first one")
     return {
-        "outputs": [*outputs, "logits"] if classes else outputs,
+        "outputs": [*outputs, "logits"] if described["labels"] else outputs,
+        "context": min(described["context"], settings.get("max_seq_length") or described["context"]),
         "pooling": pooling,
         "normalize": bool(settings.get("normalize", False)),
     }

@@ -141,7 +141,8 @@ class FolderSource:
             raise SourceError(
                 f"{modules}: seen the module {sorted(unknown)[0]}, wanted Transformer, Pooling, Normalize"
             )
-        return _json(self.folder / "1_Pooling" / "config.json") | {"normalize": "Normalize" in kinds}
+        settings = _json(self.folder / "1_Pooling" / "config.json") | _json(self.folder / "sentence_bert_config.json")
+        return settings | {"normalize": "Normalize" in kinds}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -22,12 +22,13 @@ import onnxruntime
 import onnxruntime_extensions
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase
+from transformers import MarianTokenizer, PreTrainedTokenizerBase
 
 from export.hard_text import hard_text
 from shared.errors import ExportError
 
 JSON = "tokenizer.json"
+PIECES = ("source.spm", "vocab.json")
 ONNX = ("tokenizer.onnx", "detokenizer.onnx")
 # The op's built-in unknown token: it adds it to vocabularies that lack it, and then finds it in text.
 OP_UNKNOWN = "<|endoftext|>"
@@ -37,7 +38,7 @@ OP_UNKNOWN = "<|endoftext|>"
 class TokenizerReport:
     """What was shipped, and what the proof saw. `reason` holds counts and names of parts, never text or ids."""
 
-    kind: Literal["onnx", "json"]
+    kind: Literal["onnx", "json", "sentencepiece"]
     samples: int  # texts compared with the reference
     mismatches: int  # texts on which the ONNX graphs differ from it: 0 where kind is onnx
     reason: str
@@ -64,7 +65,10 @@ def export_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Tokeni
 
     kind `onnx`: both graphs, and `tokenizer.json` for the few characters that the custom op cannot read (`_outside`).
     kind `json`: `tokenizer.json` alone. Raises ExportError where even that one differs from `tokenizer`.
+    kind `sentencepiece`: Marian's files, for the very library that the reference runs.
     """
+    if isinstance(tokenizer, MarianTokenizer):
+        return _write_pieces(tokenizer, folder)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         message = f"tokenizer: seen {type(tokenizer).__name__}, wanted a fast one (of the library tokenizers)"
@@ -80,6 +84,14 @@ def export_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Tokeni
         return TokenizerReport("json", len(samples), error.mismatches, str(error), (JSON,))
     reason = f"exact on {len(samples)} texts; {routed} of them hold what the custom op cannot read and go to {JSON}"
     return TokenizerReport("onnx", len(samples), 0, reason, (*ONNX, JSON))
+
+
+def _write_pieces(tokenizer: MarianTokenizer, folder: Path) -> TokenizerReport:
+    if tokenizer.separate_vocabs:
+        raise ExportError("tokenizer: seen a vocabulary for each language, wanted one for both")
+    (folder / PIECES[0]).write_bytes(Path(tokenizer.spm_files[0]).read_bytes())
+    (folder / PIECES[1]).write_text(json.dumps(tokenizer.encoder, ensure_ascii=False), encoding="utf-8")
+    return TokenizerReport("sentencepiece", 0, 0, "the library sentencepiece, which the reference runs too", PIECES)
 
 
 def _reference(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Sample]:

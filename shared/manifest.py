@@ -85,7 +85,7 @@ class DeviceManifest(Manifest, frozen=True, kw_only=True, tag_field="format", ta
     normalize: bool = False  # whether that vector is brought to length 1
     image: ImageFormat | None = None
     streams: dict[str, Literal["permutation", "rotation"]] = {}  # what hides each residual stream
-    tokenizer: Literal["onnx", "json", "none"]
+    tokenizer: Literal["onnx", "json", "sentencepiece", "none"]
     tokenizer_proof: str  # how many strings it was proven on, or why the fallback was taken
     prefix_ids: list[int]  # what the tokenizer puts before plain text (begin-of-sequence)
     suffix_ids: list[int] = []  # and behind it (end of sequence)

@@ -94,6 +94,7 @@ LLAMA = Family(
     structures=llama_structures,
     text=TextInput("model.embed_tokens.weight"),
     classifier="lm_head.weight",
+    tried="SmolLM2-135M-Instruct, random weights",
 )
 
 
@@ -111,6 +112,7 @@ def _gemma2_structures(config: PretrainedConfig) -> Iterable[Structure]:
 
 GEMMA = replace(
     LLAMA,
+    tried="random weights",
     name="gemma",
     model_types=("gemma",),
     classes=same("GemmaForCausalLM"),
@@ -136,6 +138,7 @@ GEMMA2 = replace(
 _PHI3_LAYER = "model.layers.{i}."
 PHI3 = replace(
     LLAMA,
+    tried="random weights",
     name="phi3",
     model_types=("phi3",),
     classes=same("Phi3ForCausalLM"),

@@ -79,6 +79,7 @@ BERT = Family(
     structures=lambda config: _structures(config, config.intermediate_size),
     text=_text("embeddings.", 0),
     prefix="bert.",
+    tried="MiniLM-L6, random weights",
     unsupported=_unsupported,
 )
 ROBERTA = Family(

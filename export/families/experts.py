@@ -38,6 +38,7 @@ def _mixtral_structures(config: PretrainedConfig) -> Iterable[Structure]:
 
 MIXTRAL = replace(
     LLAMA,
+    tried="random weights",
     name="mixtral",
     model_types=("mixtral",),
     classes=same("MixtralForCausalLM"),
@@ -64,6 +65,7 @@ def _qwen_structures(config: Any) -> Iterable[Structure]:
 _SHARED = _LAYER + "mlp.shared_expert"
 QWEN_MOE = replace(
     LLAMA,
+    tried="random weights",
     name="qwen-moe",
     model_types=("qwen2_moe", "qwen3_moe"),
     classes=same("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"),

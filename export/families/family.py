@@ -60,6 +60,7 @@ class Family:
     unsupported: Callable[[PretrainedConfig], str | None] = lambda config: None  # why a config does not fit the table
     settings: Mapping[str, Any] | None = None  # of the config that differ in the cloud, as devices do that part
     computed: Mapping[str, Callable[[Any], torch.Tensor]] | None = None  # parameters that no checkpoint stores
+    tried: str = "random weights"  # what the whole system was proven on, beside random weights of every class
 
     @property
     def embedding(self) -> str | None:

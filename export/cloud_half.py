@@ -47,7 +47,7 @@ def plan_cloud(source: Source, family: Family, head: Head) -> CloudPlan:
         elif isinstance(row, OnDevice):
             zeros[name] = stock[name]
         elif (held := stored_name(source, family, name)) is None:
-            missing.append(name)
+            (absent if name.startswith(family.optional) else missing).append(name)
         else:
             axes[name], stored[name] = row, held
     if family.embedding is not None and stored_name(source, family, family.embedding) is None:

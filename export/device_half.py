@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from export.check import IMAGE_AT, POSITIONS, Samples, folded_gain, original, sample_ids
+from export.check import IMAGE_AT, POSITIONS, Samples, folded_gain, has_pooler, original, sample_ids
 from export.classifier import export_classifier
 from export.embedding import Patches, export_embedding, export_image
 from export.families import Family, ImageInput
@@ -207,7 +207,7 @@ def _outputs(source: Source, family: Family, described: dict[str, Any]) -> dict[
     if family.kind == "image-encoder":
         return {"outputs": ["logits"]}
     outputs = ["hidden"]
-    if any(".pooler." in f".{name}" for name in source.shapes):
+    if has_pooler(source):
         outputs.append("pooled")
     settings = source.pooling()
     pooling = "first" if settings.get("pooling_mode_cls_token") else "mean"

@@ -48,25 +48,27 @@ class Given(torch.nn.Module):
         return embeddings
 
 
-def plain(family: Family, inputs: Inputs) -> Callable[[Any], torch.Tensor]:
-    """The stock forward on plain inputs."""
+def plain(inputs: Inputs, *, pooled: bool) -> Callable[[Any], torch.Tensor]:
+    """The stock forward on plain inputs. pooled: whether the checkpoint has a pooler, where the class has one."""
     named = {"input_ids": inputs.ids, "decoder_input_ids": inputs.target, "pixel_values": inputs.pixels}
-    return lambda model: _rows(model(**{name: value for name, value in named.items() if value is not None}))
+    given = {name: value for name, value in named.items() if value is not None}
+    return lambda model: _rows(_with_pooler(model, pooled)(**given))
 
 
-def plain_hidden(inputs: Inputs) -> Callable[[Any], torch.Tensor]:
-    """What the classifier of a decoder of text would be given."""
-    return lambda model: _flat(model.get_decoder()(input_ids=inputs.ids).last_hidden_state)
-
-
-def from_sent(family: Family, sent: Sent) -> Callable[[Any], torch.Tensor]:
+def from_sent(family: Family, sent: Sent, *, pooled: bool) -> Callable[[Any], torch.Tensor]:
     """The stock forward on what a device sends."""
-    return lambda model: _rows(_run(model, family, sent))
+    return lambda model: _rows(_run(_with_pooler(model, pooled), family, sent))
 
 
 def hidden_from_sent(sent: Sent) -> Callable[[Any], torch.Tensor]:
     """What the classifier of a decoder of text would be given, from what a device sends."""
     return lambda model: _flat(model.get_decoder()(inputs_embeds=sent.embeddings).last_hidden_state)
+
+
+def _with_pooler(model: Any, pooled: bool) -> Any:
+    if not pooled and hasattr(model, "pooler"):
+        model.pooler = None
+    return model
 
 
 def _run(model: Any, family: Family, sent: Sent) -> Any:

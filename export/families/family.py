@@ -13,7 +13,7 @@ from optimum.utils import NormalizedConfigManager, NormalizedTextConfigWithGQA
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from export.spaces import Dropped, OnDevice, Row, Structure, filled, prefixed
+from export.spaces import Dropped, Each, OnDevice, Row, Structure, filled, prefixed
 from shared.errors import FamilyError
 from shared.manifest import Kind
 
@@ -57,6 +57,7 @@ class Family:
     image: ImageInput | None = None
     classifier: str | None = None  # the matrix that gives logits over `vocab`
     prefix: str = ""  # names may begin with it: a model inside one with a head
+    optional: str = "-"  # names that begin with it may be missing: masked language models have no pooler
     unsupported: Callable[[PretrainedConfig], str | None] = lambda config: None  # why a config does not fit the table
     settings: Mapping[str, Any] | None = None  # of the config that differ in the cloud, as devices do that part
     computed: Mapping[str, Callable[[Any], torch.Tensor]] | None = None  # parameters that no checkpoint stores
@@ -66,6 +67,11 @@ class Family:
     def embedding(self) -> str | None:
         """Name of the token table, which goes to devices alone."""
         return None if self.text is None else self.text.table
+
+    @cached_property
+    def routes(self) -> bool:
+        """Whether a router chooses experts: where two are nearly as good, rounding alone may change the choice."""
+        return any(isinstance(row, tuple) and isinstance(row[0], Each) for row in self.tensors.values())
 
     @cached_property
     def _patterns(self) -> list[tuple[re.Pattern[str], Row]]:

@@ -8,7 +8,7 @@ from typing import Any
 from export.families.attention import attention
 from export.families.decoders import layer_norm, linear, llama_rows, llama_structures, same
 from export.families.family import Family, ImageInput, TextInput
-from export.spaces import After, Dropped, Features, OnDevice, Row, Stream, Structure
+from export.spaces import After, Dropped, Features, OnDevice, Row, Stream, Structure, prefixed
 
 # --- ViT: LayerNorm before each block ---
 
@@ -36,7 +36,7 @@ def _vit_rows() -> dict[str, Row]:
         **layer_norm("layernorm"),
     }
     return {
-        **{f"vit.{name}": _within(row, "vit.") for name, row in rows.items()},
+        **{f"vit.{name}": prefixed(row, "vit.") for name, row in rows.items()},
         "vit.embeddings.cls_token": OnDevice(),
         "vit.embeddings.position_embeddings": OnDevice(),
         "vit.embeddings.patch_embeddings.projection.weight": OnDevice(),
@@ -45,12 +45,6 @@ def _vit_rows() -> dict[str, Row]:
         "vit.pooler.{*}": Dropped("not served"),
         **linear("classifier", into=After("residual", "vit.layernorm.weight"), out="classes"),
     }
-
-
-def _within(row: Any, prefix: str) -> Any:
-    from export.spaces import prefixed
-
-    return prefixed(row, prefix)
 
 
 VIT = Family(

@@ -31,8 +31,8 @@ from benchmarks.process import listening, run
 from device_app.assistant import Assistant
 from device_app.bundle import Bundle
 from device_app.connection import Address
+from device_app.counters import Counters
 from device_app.sampler import Sampler, Sampling
-from device_app.session import Counters
 from examples.smollm2 import smollm2_gguf
 
 PROMPT = "Describe a traffic jam at dusk, seen from the driver's seat, in many sentences with colours and sounds."

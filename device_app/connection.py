@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
 from websockets.exceptions import (
@@ -22,16 +23,20 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
 
+from device_app.encode import EncoderSession, Want
+from device_app.opening import Opening
 from device_app.sampler import Row
 from device_app.session import Session
 from shared.errors import DishonestError, RefusedError, UnreachableError, UsageError
 from shared.loopback import is_loopback
-from shared.wire import SUBPROTOCOL, Opened
+from shared.wire import SUBPROTOCOL, Array, Opened
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts
-MOST_HIDDEN = 16  # hidden states that a reply may hold
 POLL_SECONDS = 0.1  # between looks at `interrupted`
 MESSAGE_TOO_BIG = 1009  # RFC 6455 §7.4.1
+
+S = TypeVar("S", bound=Opening)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,12 @@ class Address:
             raise UsageError(f"--ca {self.ca}: {error}", hint="give a PEM file") from None
 
 
-class Connection:
-    """Answers questions about logits over a socket that may break."""
+class Connection(Generic[S]):
+    """Answers a session's questions over a socket that may break."""
 
     def __init__(
         self,
-        session: Session,
+        session: S,
         address: Address,
         *,
         retry_seconds: float = 60.0,
@@ -100,16 +105,37 @@ class Connection:
         assert self.session.opened is not None
         return self.session.opened
 
-    def rows(self, ids: Sequence[int], *, rows: int = 1, top_k: int, temperature: float = 1.0) -> list[Row]:
-        """The logits after each of the last `rows` of `ids`. Raises CloudError."""
+    def rows(
+        self: Connection[Session],
+        ids: Sequence[int],
+        *,
+        source: Sequence[int] | None = None,
+        rows: int = 1,
+        top_k: int,
+        temperature: float = 1.0,
+    ) -> list[Row]:
+        """Of a decoder: the logits after each of the last `rows` of `ids`. Raises CloudError."""
+        session = self.session
+        return self._answer(
+            lambda: session.ask(ids, source=source, rows=rows, top_k=top_k, temperature=temperature),
+            lambda: session.rows,
+        )
+
+    def results(self: Connection[EncoderSession], sequences: Sequence[Array], want: Want) -> list[Array]:
+        """Of an encoder: one result for each of `sequences`, plain embeddings. Raises CloudError."""
+        session = self.session
+        return self._answer(lambda: session.ask(sequences, want), lambda: session.results)
+
+    def _answer(self, ask: Callable[[], None], answer: Callable[[], T | None]) -> T:
         try:
-            self.session.ask(ids, rows=rows, top_k=top_k, temperature=temperature)
+            ask()
         except KeyboardInterrupt:
             self._drop()
             raise
-        self._until(lambda: self.session.rows is not None)
-        assert self.session.rows is not None
-        return self.session.rows
+        self._until(lambda: answer() is not None)
+        answered = answer()
+        assert answered is not None
+        return answered
 
     def cancel(self) -> None:
         """Gives up the question that is open, if any; the cloud is told."""
@@ -174,8 +200,7 @@ class Connection:
                 ssl=self._tls,
                 subprotocols=[Subprotocol(SUBPROTOCOL)],
                 compression=None,
-                # The largest reply is one full row, or a few hidden states; anything longer is not a reply.
-                max_size=2**16 + 4 * max(self.session.vocab_size, MOST_HIDDEN * self.session.hidden_size),
+                max_size=self.session.longest_reply,  # anything longer is not a reply
                 open_timeout=10,
                 close_timeout=2,
                 proxy=None if is_loopback(urlsplit(self._address.url).hostname or "") else True,

@@ -10,27 +10,57 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from device_app.opening import Widths
 from device_app.session import Session
 from shared.key import UserKey
-from shared.wire import Append, Array, Cancel, Error, ErrorCode, Hidden, Logits, Message, Open, Opened, decode, encode
+from shared.wire import (
+    Append,
+    Array,
+    Cancel,
+    Encode,
+    Encoded,
+    Error,
+    ErrorCode,
+    Hidden,
+    Logits,
+    Message,
+    Open,
+    Opened,
+    decode,
+    encode,
+)
 
 HIDDEN, VOCAB = 8, 1000
 EMBEDDING = 4 * HIDDEN  # bytes
 _random = np.random.default_rng(20)
 KEY = UserKey("0f" * 16, _random.permutation(HIDDEN), _random.permutation(VOCAB))
 
+# Of models whose decoder reads an encoder: images, wider than an embedding, or a source text of the same width.
+PATCHES, PATCH_SIZE, IMAGE_TOKENS = 5, 12, 3
+LONGEST_SOURCE = 6
+IMAGES = Widths(PATCH_SIZE, PATCHES, IMAGE_TOKENS)
+SOURCES = Widths(HIDDEN, LONGEST_SOURCE, 0)
+LOOKING = UserKey(KEY.key_id, KEY.residual, KEY.vocab, _random.permutation(PATCH_SIZE))
+READING = UserKey(KEY.key_id, KEY.residual, KEY.vocab, _random.permutation(HIDDEN))
+
 NO_VOCAB = UserKey(KEY.key_id, KEY.residual, None)  # of an export with the classifier on the device
 TABLE = _random.normal(size=(VOCAB, HIDDEN)).astype(np.float32)  # that classifier
 
 
-def embed(ids: Sequence[int]) -> Array:
+def embed(ids: Sequence[int], start: int = 0) -> Array:
     """[n, HIDDEN]: feature j of id i is i + j / 16, which float32 holds exactly."""
     return np.asarray(ids, np.float32)[:, None] + np.arange(HIDDEN, dtype=np.float32) / 16
 
 
-def plain_logits(ids: Sequence[int]) -> Array:
-    """[VOCAB] float32, of exactly these ids."""
-    return np.random.default_rng(list(ids)).normal(0, 3, VOCAB).astype(np.float32)
+def image(number: int) -> Array:
+    """[PATCHES, PATCH_SIZE]: the embeddings of one of many images."""
+    return number + np.arange(PATCHES * PATCH_SIZE, dtype=np.float32).reshape(PATCHES, PATCH_SIZE) / 64
+
+
+def plain_logits(ids: Sequence[int], source: Sequence[int] | None = None) -> Array:
+    """[VOCAB] float32, of exactly these ids (-1 - n stands for image n) after this source."""
+    seen = [*(source or ()), 2**30, *(token if token >= 0 else 2**31 - token for token in ids)]
+    return np.random.default_rng(seen).normal(0, 3, VOCAB).astype(np.float32)
 
 
 def plain_hidden(ids: Sequence[int]) -> Array:
@@ -52,6 +82,16 @@ def classifying_session() -> Session:
     return Session(NO_VOCAB, embed, classify, served_name="tiny")
 
 
+def looking_session() -> Session:
+    """A session whose model takes images."""
+    return Session(LOOKING, embed, served_name="tiny", widths=IMAGES)
+
+
+def reading_session() -> Session:
+    """A session whose decoder reads a source text."""
+    return Session(READING, embed, served_name="tiny", widths=SOURCES)
+
+
 def opened(**fields: object) -> Opened:
     """An Opened with room for a few embeddings a frame."""
     usual = {
@@ -71,16 +111,24 @@ def opened(**fields: object) -> Opened:
     return Opened(**usual | fields)  # type: ignore[arg-type]
 
 
+def of_widths(widths: Widths) -> dict[str, int]:
+    """What Opened says of them."""
+    names = ("encoder_size", "encoder_context", "image_tokens")
+    return {name: getattr(widths, name) for name in names}
+
+
 class HonestCloud:
     """Takes what a session has to say, and answers one request a `step`."""
 
     def __init__(self, **fields: object) -> None:
         self.opened = opened(**fields)
         self.appends: list[Append] = []  # all that came
-        self.cache: list[int] = []
+        self.stores: list[Encode] = []  # all that came
+        self.cache: list[int] = []  # -1 - n stands for image n
+        self.source: list[int] | None = None
         self.failures: list[ErrorCode] = []  # codes for the next requests, which it then does not carry out
         self._changed_by: int | None = None
-        self._waiting: deque[tuple[Append, int]] = deque()
+        self._waiting: deque[tuple[Append | Encode, int]] = deque()
         self._cancelled: set[int] = set()
         self._in_flight = 0
 
@@ -92,7 +140,7 @@ class HonestCloud:
     def connect(self, session: Session) -> None:
         """A fresh connection: what was held for the one before is gone."""
         session.connected()
-        self.cache, self._changed_by, self._in_flight = [], None, 0
+        self.cache, self.source, self._changed_by, self._in_flight = [], None, None, 0
         self._waiting.clear()
         self._cancelled.clear()
         assert isinstance(decode(session.outbox.popleft()), Open)
@@ -108,14 +156,17 @@ class HonestCloud:
         """Takes one frame of a device that keeps the limits."""
         message = decode(frame)
         if isinstance(message, Cancel):
-            self._cancelled |= {append.seq for append, _ in self._waiting if append.seq >= message.seq}
+            self._cancelled |= {request.seq for request, _ in self._waiting if request.seq >= message.seq}
             return
-        assert isinstance(message, Append)
+        assert isinstance(message, (Append, Encode))
         assert len(frame) <= self.opened.max_frame
         assert not self._waiting or message.seq > self._waiting[-1][0].seq
         self._in_flight += len(frame)
         assert self._in_flight <= self.opened.window
-        self.appends.append(message)
+        if isinstance(message, Append):
+            self.appends.append(message)
+        else:
+            self.stores.append(message)
         self._waiting.append((message, len(frame)))
 
     def forget(self, length: int) -> None:
@@ -125,20 +176,39 @@ class HonestCloud:
 
     def reply(self) -> Message:
         """Works on the oldest request and gives the answer to it."""
-        append, size = self._waiting.popleft()
+        request, size = self._waiting.popleft()
         self._in_flight -= size
-        if append.seq in self._cancelled:
-            return self._error("cancelled", append)
-        if append.after not in (None, self._changed_by) or append.keep > len(self.cache):
-            return self._error("out_of_step", append)
+        if request.seq in self._cancelled:
+            return self._error("cancelled", request)
+        if isinstance(request, Append) and self._misplaced(request):
+            return self._error("out_of_step", request)
         if self.failures:
-            return self._error(self.failures.pop(0), append)
-        self.cache, self._changed_by = self.cache[: append.keep] + ids_of(append), append.seq
+            return self._error(self.failures.pop(0), request)
+        self._changed_by = request.seq
+        if isinstance(request, Encode):
+            self.cache, self.source = [], source_of(request)
+            return stored(request)
+        self.cache = self.cache[: request.keep] + (ids_of(request) if request.kind == "text" else image_of(request))
         length = len(self.cache)
-        sequences = [self.cache[: length - back] for back in reversed(range(append.rows))]
-        if append.want == "hidden":
-            return hidden(append, [plain_hidden(ids) for ids in sequences], length)
-        return logits(append, [plain_logits(ids) for ids in sequences], length)
+        sequences = [self.cache[: length - back] for back in reversed(range(request.rows))]
+        if request.want == "hidden":
+            return hidden(request, [plain_hidden(ids) for ids in sequences], length)
+        return logits(request, [plain_logits(ids, self.source) for ids in sequences], length)
+
+    def _misplaced(self, append: Append) -> bool:
+        inside = 0 < append.keep < len(self.cache) and self._image_is_cut(append.keep)
+        assert not inside, "keep falls inside an image"
+        reads = self.opened.encoder_size > 0 and not self.opened.image_tokens
+        return (
+            append.after not in (None, self._changed_by)
+            or append.keep > len(self.cache)
+            or (reads and self.source is None)
+        )
+
+    def _image_is_cut(self, length: int) -> bool:
+        before = self.cache[:length]
+        run = len(before) - next((at for at in range(len(before), 0, -1) if before[at - 1] != before[-1]), 0)
+        return before[-1] < 0 and run % IMAGE_TOKENS != 0
 
     def step(self, session: Session) -> None:
         """Answers one request, and takes what the session says to that."""
@@ -152,8 +222,8 @@ class HonestCloud:
             assert self._waiting, "the session waits, but has asked for nothing"
             self.step(session)
 
-    def _error(self, code: ErrorCode, append: Append) -> Error:
-        return Error(code=code, message=code, seq=append.seq, kv_length=len(self.cache))
+    def _error(self, code: ErrorCode, request: Append | Encode) -> Error:
+        return Error(code=code, message=code, seq=request.seq, kv_length=len(self.cache))
 
 
 def ids_of(append: Append) -> list[int]:
@@ -162,6 +232,31 @@ def ids_of(append: Append) -> list[int]:
     ids: list[int] = plain[:, 0].astype(int).tolist()
     assert np.array_equal(plain, embed(ids)), "an embedding is not of any id"
     return ids
+
+
+def image_of(append: Append) -> list[int]:
+    """What the cache holds of an Append's image."""
+    assert append.rows == 0 and append.embeddings.shape == (PATCHES, PATCH_SIZE), "an image is not whole"
+    plain = np.empty_like(append.embeddings)
+    plain[:, LOOKING.encoder] = append.embeddings
+    number = int(plain[0, 0])
+    assert np.array_equal(plain, image(number)), "it is not of any image"
+    return [-1 - number] * IMAGE_TOKENS
+
+
+def source_of(request: Encode) -> list[int]:
+    """The plain ids of a source sequence."""
+    assert request.want == "store" and len(request.lengths) == 1 and request.lengths[0] <= LONGEST_SOURCE
+    plain = np.empty_like(request.embeddings)
+    plain[:, READING.encoder] = request.embeddings
+    ids: list[int] = plain[:, 0].astype(int).tolist()
+    assert np.array_equal(plain, embed(ids)), "an embedding is not of any id"
+    return ids
+
+
+def stored(request: Encode) -> Encoded:
+    """The answer to a source sequence."""
+    return Encoded(seq=request.seq, kv_length=0, tensors=(np.empty((0, HIDDEN), np.float32),))
 
 
 def hidden(append: Append, rows: Sequence[Array], kv_length: int) -> Hidden:

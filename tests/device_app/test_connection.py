@@ -18,8 +18,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import Server, ServerConnection, serve
 
 from device_app.connection import Address, Connection
+from device_app.counters import Counters
 from device_app.sampler import Sampling
-from device_app.session import Counters
 from shared.errors import CloudError, DishonestError, RefusedError, UnreachableError, UsageError
 from shared.wire import SUBPROTOCOL, Append, Cancel, Error, decode, encode
 from tests.conftest import open_assistant, run_cloud

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from device_app.opening import MOST_REPLANS
 from device_app.sampler import Row
-from device_app.session import MOST_REPLANS, Session
+from device_app.session import Session
 from shared.errors import DishonestError, RefusedError
 from shared.key import UserKey
 from shared.wire import (
@@ -86,7 +87,7 @@ def sent(session: Session) -> list[Message]:
 
 
 def test_open_names_the_model_the_key_and_the_token(session: Session) -> None:
-    session = Session(KEY, lambda ids: np.zeros((len(ids), HIDDEN)), served_name="tiny", token="secret")
+    session = Session(KEY, embed, served_name="tiny", token="secret")
     session.connected()
     assert sent(session) == [Open(model="tiny", key_id=KEY.key_id, token="secret")]
 

@@ -16,6 +16,16 @@ def without_control(text: str) -> str:
     return text.translate(_CONTROL)
 
 
+def printable(text: str) -> str:
+    """`text`, a file's name say, with ? for all that is not printable."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def one_line(text: str) -> str:
+    """`text` in one line: white space of any kind is a blank, and nothing that controls a terminal is left."""
+    return " ".join(without_control(" ".join(text.split())).split())
+
+
 class TextStream:
     """The text of one answer as it becomes certain."""
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device_app.text import TextStream, without_control
+from device_app.text import TextStream, one_line, printable, without_control
 
 # Few characters, so that beginnings of stop strings are met often.
 pieces = st.lists(st.text("ab\n", max_size=4), max_size=12)
@@ -135,3 +135,22 @@ def test_escape_sequences_lose_what_makes_them_work(attack: str, left: str) -> N
 def test_control_characters_do_not_hide_a_stop_string(pieces: list[str], stop: str) -> None:
     before, met, _ = without_control("".join(pieces)).partition(stop)
     assert shown(pieces, "", [stop]) == (before, bool(met))
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a\nb\r\n\tc", "a b c"),
+        ("  a \u2028 b\u0085", "a b"),
+        ("a\x1b[2Jb\x9b1A\x00", "a[2Jb1A"),
+        ("", ""),
+        (" \n\x07\n ", ""),
+        ("a \x07 b", "a b"),
+    ],
+)
+def test_one_line_is_one_line_without_control_characters(text: str, line: str) -> None:
+    assert one_line(text) == line
+
+
+def test_printable_replaces_what_is_not() -> None:
+    assert printable("käse\n\x1b\udce9\u202e.png") == "käse????.png"

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
 
+from device_app.opening import Widths
 from device_app.template import ChatTemplate
-from device_app.tokenizer import Tokenizer, open_tokenizer
-from shared.errors import BundleError
+from device_app.tokenizer import Detokenizer, Tokenizer, open_tokenizer
+from shared.errors import BundleError, UsageError
 from shared.key import UserKey
-from shared.manifest import DeviceManifest, check_files, read_manifest
+from shared.manifest import DeviceManifest, ImageFormat, Kind, check_files, read_manifest
 from shared.wire import Array
+
+if TYPE_CHECKING:
+    from device_app.images import Source
 
 
 class Embedding:
@@ -22,9 +27,31 @@ class Embedding:
 
     def __init__(self, path: Path) -> None:
         self._session = _opened(path, threads=1)  # a look-up of a few rows; more threads only wake up
+        self._positions = "positions" in _inputs(self._session)  # whether the device adds them
 
-    def __call__(self, ids: Sequence[int]) -> Array:
-        rows: Array = self._session.run(None, {"ids": np.asarray(ids, np.int64)})[0]
+    def __call__(self, ids: Sequence[int], start: int = 0) -> Array:
+        """start: position of the first id in its sequence."""
+        inputs = {"ids": np.asarray(ids, np.int64)}
+        if self._positions:
+            inputs["positions"] = np.arange(start, start + len(ids), dtype=np.int64)
+        rows: Array = self._session.run(None, inputs)[0]
+        return rows
+
+
+class Patches:
+    """image.onnx: pixels uint8 [height, width, 3] → float32 [patches, width of the stream].
+
+    Raises BundleError if it cannot be loaded or takes other pixels than the manifest says.
+    """
+
+    def __init__(self, path: Path, image: ImageFormat) -> None:
+        self._session = _opened(path, threads=2)
+        seen, wanted = _inputs(self._session), [image.height, image.width, 3]
+        if seen != {"pixels": wanted}:
+            raise BundleError(f"{path}: seen inputs {seen}, wanted pixels {wanted}", hint="export the bundle again")
+
+    def __call__(self, pixels: Array) -> Array:
+        rows: Array = self._session.run(None, {"pixels": pixels})[0]
         return rows
 
 
@@ -41,6 +68,28 @@ class Classifier:
 
     def __call__(self, hidden: Array) -> Array:
         return np.concatenate([self._session.run(None, {"hidden": row[None]})[0] for row in hidden])
+
+
+class NoText:
+    """Stands for tokenizer and embedding where a model takes images alone. Raises UsageError if it is used."""
+
+    def __call__(self, ids: Sequence[int], start: int = 0) -> Array:
+        raise self._error()
+
+    def encode(self, text: str) -> list[int]:
+        raise self._error()
+
+    def detokenizer(self) -> Detokenizer:
+        raise self._error()
+
+    @staticmethod
+    def _error() -> UsageError:
+        return UsageError("text: seen some, wanted none, as this bundle's model takes images alone")
+
+
+def _inputs(session: ort.InferenceSession) -> dict[str, list[int | str]]:
+    """Shapes of a graph's inputs, by name."""
+    return {one.name: one.shape for one in session.get_inputs()}
 
 
 def _opened(path: Path, *, threads: int, **entries: str) -> ort.InferenceSession:
@@ -62,10 +111,11 @@ class Bundle:
 
     manifest: DeviceManifest
     key: UserKey
-    embed: Embedding
+    embed: Embedding | NoText
     classify: Classifier | None  # where the classifier is on the device
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer  # a NoText where there is no text
     template: ChatTemplate | None
+    patches: Patches | None = None  # where the model takes images
 
     @classmethod
     def open(cls, folder: Path) -> Bundle:
@@ -77,25 +127,52 @@ class Bundle:
         return cls(
             manifest,
             key,
-            Embedding(folder / "embedding.onnx"),
+            NoText() if manifest.tokenizer == "none" else Embedding(folder / "embedding.onnx"),
             Classifier(folder / "classifier.onnx") if manifest.head == "device" else None,
-            open_tokenizer(folder, manifest.tokenizer),
+            NoText() if manifest.tokenizer == "none" else open_tokenizer(folder, manifest.tokenizer),
             ChatTemplate(template.read_text(encoding="utf-8"), manifest.special_tokens) if template.exists() else None,
+            Patches(folder / "image.onnx", manifest.image) if manifest.image is not None else None,
         )
+
+    @property
+    def widths(self) -> Widths:
+        """What the cloud must say of the encoder that the decoder reads."""
+        manifest = self.manifest
+        return Widths(manifest.encoder_size, manifest.encoder_context, manifest.image.tokens if manifest.image else 0)
+
+    def want_kind(self, what: str, *kinds: Kind) -> None:
+        """Raises UsageError where `what` does not go with this bundle's kind of model."""
+        if self.manifest.kind not in kinds:
+            raise UsageError(f"{what}: seen a bundle of the kind {self.manifest.kind!r}, wanted {' or '.join(kinds)}")
+
+    def look(self, source: Source) -> Array:
+        """Embeddings of an image. Raises UsageError for what is no image, and where the model takes none."""
+        if self.patches is None or self.manifest.image is None:
+            raise UsageError(f"image: seen one, wanted none, as a model of the kind {self.manifest.kind!r} takes none")
+        from device_app.images import pixels  # Pillow: only where there is something to look at
+
+        return self.patches(pixels(source, self.manifest.image))
 
 
 def _fitting_key(path: Path, manifest: DeviceManifest) -> UserKey:
     """The key of the manifest's export."""
     hint = "the key is another export's; copy the whole device folder of one export"
     key = UserKey.load(path)
-    if (key.vocab is None) != (manifest.head == "device"):
-        seen_order = "no order" if key.vocab is None else "an order"
-        place = "on the device" if manifest.head == "device" else "in the cloud"
-        raise BundleError(
-            f"{path}: seen a key with {seen_order} of the vocabulary, but the classifier is {place}", hint=hint
-        )
-    seen = (key.key_id, key.hidden_size, key.vocab_size)
-    wanted = (manifest.key_id, manifest.hidden_size, manifest.vocab_size if manifest.head == "cloud" else 0)
+    if manifest.kind in ("encoder", "image-encoder"):
+        classes = len(manifest.labels) if "logits" in manifest.outputs else 0
+        if "logits" in manifest.outputs and not classes:
+            raise BundleError(f"{path.parent}: seen logits of no class, wanted labels", hint="export the bundle again")
+    else:
+        classes = manifest.vocab_size if manifest.head == "cloud" else 0
+        if (key.vocab is None) != (manifest.head == "device"):
+            seen_order = "no order" if key.vocab is None else "an order"
+            place = "on the device" if manifest.head == "device" else "in the cloud"
+            raise BundleError(
+                f"{path}: seen a key with {seen_order} of the vocabulary, but the classifier is {place}", hint=hint
+            )
+    encoder_size = 0 if key.encoder is None else len(key.encoder)
+    seen = (key.key_id, key.hidden_size, key.vocab_size, encoder_size)
+    wanted = (manifest.key_id, manifest.hidden_size, classes, manifest.encoder_size)
     if seen != wanted:
         raise BundleError(f"{path}: seen the key {seen}, wanted {wanted} (key id, widths)", hint=hint)
     return key

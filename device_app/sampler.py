@@ -76,6 +76,11 @@ class Row:
         top = np.argpartition(self.values, -k)[-k:]
         return Row(self.values[top], self.ids[top], self.log_sum_exp, full=False)
 
+    def without(self, ids: Iterable[int]) -> Row:
+        """The same but for some ids. Log-sum-exp stays that of all."""
+        kept = ~np.isin(self.ids, list(ids))
+        return Row(self.values[kept], self.ids[kept], self.log_sum_exp, self.full)
+
 
 def uniform(seed: int, position: int) -> float:
     """The random number in [0, 1) of the token at `position` of the sequence: of these two alone, so that replays and
@@ -85,13 +90,17 @@ def uniform(seed: int, position: int) -> float:
 
 
 class Sampler:
-    """Chooses the tokens of one answer. Ids of the prompt count as seen for the repetition penalty."""
+    """Chooses the tokens of one answer. Ids of the prompt count as seen for the repetition penalty; `banned` ones are
+    never chosen."""
 
-    def __init__(self, sampling: Sampling, vocab_size: int, prompt: Iterable[int] = ()) -> None:
+    def __init__(
+        self, sampling: Sampling, vocab_size: int, prompt: Iterable[int] = (), banned: Iterable[int] = ()
+    ) -> None:
         self._sampling = sampling
+        self._banned = frozenset(banned)
         self._penalised = np.zeros(vocab_size, bool)
         if sampling.repetition_penalty != 1:
-            self._penalised[list(prompt)] = True
+            self._penalised[[token for token in prompt if token >= 0]] = True  # below 0: images
 
     def observe(self, token: int) -> None:
         """Counts a chosen token as seen."""
@@ -100,6 +109,12 @@ class Sampler:
 
     def choose(self, row: Row, position: int) -> int | None:
         """The token at `position`, or None if only the full row can tell. A full row always can."""
+        if self._banned:
+            if self._sampling.temperature and not row.full:
+                return None  # the mass that log-sum-exp tells of is partly theirs
+            row = row.without(self._banned)
+            if not row.values.size:
+                return None
         values = row.values.astype(np.float64)
         floor = -math.inf if row.full else float(values.min())
         adjusted, ceiling, unseen_penalised = values, floor, 0

@@ -30,8 +30,11 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise BundleError(f"chat template: {error}") from None
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt text for `messages` (role and content), ending where the assistant's answer begins."""
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt text for `messages` (role and content), ending where the assistant's answer begins.
+
+        Content is text, or for models that take images a list of parts as their templates want it.
+        """
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages], add_generation_prompt=True, **self._special_tokens

@@ -45,7 +45,7 @@ def fresh(tiny: Path, cloud: RunningCloud) -> Iterator[Callable[..., Answer]]:
 
 
 def test_the_api_is_a_few_names() -> None:
-    assert device_app.__all__ == ["Answer", "Assistant", "Sampling", "Stats"]
+    assert device_app.__all__ == ["Answer", "Assistant", "Encoder", "Prediction", "Sampling", "Stats"]
 
 
 # --- answers ---
@@ -279,11 +279,11 @@ def test_an_interrupt_while_embedding_leaves_the_next_answer_right(
     session, calls = assistant._session, []
     embed = session._embed
 
-    def struck(ids: object) -> object:
+    def struck(ids: object, start: int) -> object:
         calls.append(ids)
         if len(calls) == at:
             raise KeyboardInterrupt
-        return embed(ids)  # type: ignore[arg-type]
+        return embed(ids, start)  # type: ignore[arg-type]
 
     monkeypatch.setattr(session, "_embed", struck)
     with pytest.raises(KeyboardInterrupt):

@@ -8,16 +8,21 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from device_app.bundle import Bundle
-from shared.errors import BundleError
-from shared.manifest import DeviceManifest, file_entry, read_manifest, write_manifest
+from device_app.opening import NO_ENCODER
+from shared.errors import BundleError, UsageError
+from shared.manifest import DeviceManifest, Kind, file_entry, read_manifest, write_manifest
+from tests.device_app.bundles import IMAGE, make_bundle
+from tests.device_app.honest_cloud import IMAGES, KEY, LOOKING, SOURCES, image
 
 
 @pytest.fixture
@@ -95,7 +100,7 @@ def test_a_manifest_that_was_edited_is_refused(folder: Path) -> None:
         if field in ("format", "digest"):
             continue
         edited = json.loads(original)
-        other = {str: "x", int: 7, list: [7], dict: {}, type(None): "seeded"}[type(value)]
+        other = {str: "x", int: 7, bool: True, list: [7], dict: {"x": "y"}, type(None): "seeded"}[type(value)]
         edited[field] = other if field not in ("dtype", "tokenizer", "protocol") else value
         if edited[field] == value:
             edited[field] = {"dtype": "float16", "tokenizer": "json", "protocol": "stip.v2"}[field]
@@ -265,3 +270,59 @@ def test_a_bundle_without_a_template_opens(folder: Path) -> None:
     files = {name: entry for name, entry in manifest.files.items() if name != "chat_template.jinja"}
     write_manifest(msgspec.structs.replace(manifest, files=files), folder)
     assert Bundle.open(folder).template is None
+
+
+# --- bundles of every kind ---
+
+
+def test_a_bundle_of_every_kind_opens_with_what_its_model_needs(tmp_path: Path) -> None:
+    for kind in get_args(Kind):
+        bundle = Bundle.open(make_bundle(tmp_path / kind, kind))
+        manifest = bundle.manifest
+        assert (bundle.patches is not None) == (kind in ("image-encoder", "vision-decoder"))
+        assert (bundle.template is not None) == (kind in ("decoder", "vision-decoder"))
+        wanted = {"vision-decoder": IMAGES, "encoder-decoder": SOURCES}.get(kind, NO_ENCODER)
+        assert bundle.widths == wanted
+        if kind != "image-encoder":
+            assert bundle.embed([5, 6]).shape == (2, manifest.hidden_size) and bundle.tokenizer.encode("the cat")
+
+
+def test_positions_are_counted_from_the_first_id_on_where_the_graph_takes_any(tmp_path: Path) -> None:
+    placed = Bundle.open(make_bundle(tmp_path / "encoder", "encoder")).embed
+    assert np.array_equal(placed([5, 6, 7])[1:], placed([6, 7], 1))
+    assert not np.array_equal(placed([6, 7]), placed([6, 7], 1))
+    plain = Bundle.open(make_bundle(tmp_path / "decoder", "decoder")).embed
+    assert np.array_equal(plain([6, 7]), plain([6, 7], 1))
+
+
+def test_an_image_becomes_patches(tmp_path: Path) -> None:
+    bundle = Bundle.open(make_bundle(tmp_path / "device", "vision-decoder"))
+    assert np.array_equal(bundle.look(Image.new("RGB", (30, 20), (7, 1, 2))), image(7))
+    with pytest.raises(UsageError, match="image: seen one, wanted none"):
+        Bundle.open(make_bundle(tmp_path / "decoder", "decoder")).look("photo.png")
+
+
+def test_a_model_of_images_alone_takes_no_text(tmp_path: Path) -> None:
+    bundle = Bundle.open(make_bundle(tmp_path / "device", "image-encoder"))
+    for use in (lambda: bundle.tokenizer.encode("x"), lambda: bundle.embed([1]), bundle.tokenizer.detokenizer):
+        with pytest.raises(UsageError, match="text: seen some, wanted none"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "error"),
+    [
+        ("vision-decoder", {"key": KEY}, "wanted .*, 12"),  # a key without the encoder's secret
+        ("vision-decoder", {"encoder_size": 11}, "wanted .*, 11"),
+        ("decoder", {"key": LOOKING}, "seen the key .*, 12"),
+        ("encoder", {"labels": ["one"]}, "wanted .*, 1, 0"),
+        ("encoder", {"labels": []}, "seen logits of no class"),
+        ("encoder", {"outputs": ["hidden"]}, "wanted .*, 0, 0"),
+        ("image-encoder", {"hidden_size": 9}, "wanted .*, 9, 4"),
+        ("vision-decoder", {"image": msgspec.structs.replace(IMAGE, height=5)}, "seen inputs .*, wanted pixels"),
+    ],
+)
+def test_a_bundle_whose_parts_do_not_fit_is_refused(tmp_path: Path, kind: Kind, fields: Any, error: str) -> None:
+    with pytest.raises(BundleError, match=error) as raised:
+        Bundle.open(make_bundle(tmp_path / "device", kind, **fields))
+    assert raised.value.hint

@@ -410,3 +410,26 @@ def test_a_draw_depends_on_seed_and_position_alone() -> None:
 def test_an_option_out_of_range_is_refused_by_name_and_value(name: str, value: float) -> None:
     with pytest.raises(UsageError, match=rf"^{name}: seen {value}, wanted "):
         Sampling(**{name: value})  # type: ignore[arg-type]
+
+
+# --- ids that are never chosen ---
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 10_000), st.sets(st.integers(0, 39), max_size=38), st.sampled_from([0.0, 0.7, 1.5]))
+def test_banned_ids_are_as_if_they_were_not_in_the_vocabulary(seed: int, banned: set[int], temperature: float) -> None:
+    values = np.random.default_rng(seed).normal(0, 2, 40).round(1).astype(np.float32)  # rounded: some are equal
+    sampling = Sampling(temperature=temperature, top_p=0.9, seed=seed)
+    row = Row(values, np.arange(40), float(np.logaddexp.reduce(values / (temperature or 1))), full=True)
+    kept = np.array([token for token in range(40) if token not in banned])
+    others = Row(values[kept], kept, float(np.logaddexp.reduce(values[kept] / (temperature or 1))), full=True)
+    expected = Sampler(sampling, 40).choose(others, 7)
+    sampler = Sampler(sampling, 40, banned=banned)
+    assert sampler.choose(row, 7) == expected
+    top = sampler.choose(row.head(12), 7)
+    assert top in (expected, None)
+
+
+def test_where_every_id_is_banned_none_is_chosen() -> None:
+    row = Row(np.zeros(3, np.float32), np.arange(3), 1.0, full=True)
+    assert Sampler(Sampling(), 3, banned=range(3)).choose(row, 0) is None

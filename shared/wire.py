@@ -50,9 +50,9 @@ ErrorCode = Literal[
     "unknown_model",  # no context with that served name (closes)
     "wrong_key",  # the served model was exported under another key (closes)
     "unsupported",  # this cloud, or this model, does not do that
-    "out_of_step",  # `keep` is beyond the KV cache, or the request named by `after` did not succeed
+    "out_of_step",  # `keep` is beyond the KV cache, `after` names what did not succeed, or no source was stored
     "context_full",  # the KV cache would pass the context limit
-    "too_large",  # a frame, or the rows asked for, pass a limit
+    "too_large",  # a frame, a sequence, or what is asked for, pass a limit
     "window_exceeded",  # more bytes in flight than `Opened` allowed
     "not_finite",  # embeddings hold NaN or an infinity
     "cancelled",  # dropped by `Cancel`

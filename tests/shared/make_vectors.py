@@ -104,7 +104,7 @@ def _count(shape: tuple[int, ...]) -> int:
 TIMES = {"queue_us": 0, "compute_us": 0}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "open": {"dtype": "auto", "token": None, "resume": None},
-    "opened": {},
+    "opened": {"encoder_size": 0, "encoder_context": 0, "image_tokens": 0},
     "append": {"rows": 1, "want": "logits", "top_k": 256, "temperature": 1.0, "kind": "text", "after": None},
     "logits": TIMES,
     "hidden": TIMES,
@@ -153,13 +153,21 @@ def valid() -> dict[str, dict[str, Any]]:
     case(
         "open_name_of_256", "256 code points, 1,024 bytes", {"type": "open", "model": "\U0001f511" * 256, "key_id": ""}
     )
-    case("opened_full", "an Opened; every field is required", OPENED)
-    largest = {name: MAX if isinstance(value, int) else value for name, value in OPENED.items()}
+    case("opened_minimal", "an Opened with its required fields", OPENED)
+    images = {"encoder_size": 1024, "encoder_context": 577, "image_tokens": 576}
+    case("opened_full", "an Opened with every field: a decoder that takes images", OPENED | images)
+    source = OPENED | {"encoder_size": 512, "encoder_context": 512, "context": 512}
+    case("opened_source", "a decoder that reads a source sequence: no image_tokens", source)
+    classes = OPENED | {"vocab_size": 2, "context": 512}
+    case("opened_encoder", "an encoder: vocab_size is the number of classes", classes)
+    largest = {name: MAX if isinstance(value, int) else value for name, value in (OPENED | images).items()}
     case("opened_largest", "every integer at its largest", largest)
 
     case("append_minimal", "the worked example of PROTOCOL.md", APPEND, f32(1, 2))
-    options = {"rows": 2, "want": "hidden", "top_k": 0, "temperature": 0.7, "kind": "image", "after": MAX - 1}
+    options = {"rows": 0, "want": "hidden", "top_k": 0, "temperature": 0.7, "kind": "image", "after": MAX - 1}
     case("append_full", "an Append with every field", APPEND | {"seq": MAX} | options, f32(3, 2))
+    case("append_image", "an image: its patches, and no rows", APPEND | {"rows": 0, "kind": "image"}, bf16(5, 3))
+    case("append_after_store", "the first Append behind a source sequence", APPEND | {"keep": 0, "after": 6}, f32(1, 2))
     case("append_no_rows", "an Append that wants an acknowledgement alone", APPEND | {"rows": 0}, f32(2, 2))
     case("append_all_rows", "rows equal to n", APPEND | {"rows": 2}, f32(2, 2))
     case("append_bfloat16", "bfloat16 embeddings, an odd number of bytes from alignment", APPEND, bf16(1, 3))
@@ -254,7 +262,8 @@ def valid() -> dict[str, dict[str, Any]]:
     case("encode_logits", "class logits", ENCODE | {"lengths": [3], "want": "logits"}, f16(3, 1))
     case("encode_store", "a source sequence to keep", ENCODE | {"lengths": [3], "want": "store"}, f32(3, 2))
     case("encoded_minimal", "a result", LOGITS | {"type": "encoded"}, f32(3, 2))
-    case("encoded_stored", "an acknowledgement", LOGITS | {"type": "encoded", "compute_us": 300}, f32(0, 2))
+    stored = {"type": "encoded", "seq": 7, "kv_length": 0, "compute_us": 300}
+    case("encoded_stored", "an acknowledgement of store: the KV cache is empty", stored, f32(0, 2))
     case("cancel_minimal", "a Cancel; no tensors, so no padding", {"type": "cancel", "seq": 7})
     case("error_minimal", "an Error about the connection", {"type": "error", "code": "shutting_down", "message": ""})
     full = {
@@ -501,7 +510,7 @@ def _frame(description: str, frame: bytes, expect: dict[str, Any]) -> dict[str, 
 
 def keys() -> dict[str, dict[str, Any]]:
     residual, vocab = [2, 0, 3, 1], [4, 2, 0, 1, 3]
-    key = {"kind": "key", "residual": residual, "vocab": vocab}
+    key = {"kind": "key", "residual": residual, "vocab": vocab, "encoder": None}
     header = (
         b'{"__metadata__":{"format":"stip-key-1","key_id":"00112233445566778899aabbccddeeff"},'
         b'"residual":{"dtype":"I32","shape":[4],"data_offsets":[0,16]},'
@@ -511,7 +520,7 @@ def keys() -> dict[str, dict[str, Any]]:
     file = struct.pack("<Q", len(header)) + header + struct.pack("<9i", *residual, *vocab)
     # Orthogonal, not symmetric, and of halves: products with small integers are exact in every dtype and order.
     matrix = [[0.5, -0.5, 0.5, -0.5], [0.5, 0.5, -0.5, -0.5], [0.5, -0.5, -0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]
-    rotating = {"kind": "key", "residual": matrix, "vocab": None}
+    rotating = {"kind": "key", "residual": matrix, "vocab": None, "encoder": None}
     matrix_header = (
         b'{"__metadata__":{"format":"stip-key-1","key_id":"00112233445566778899aabbccddeeff"},'
         b'"residual":{"dtype":"F32","shape":[4,4],"data_offsets":[0,64]}}'
@@ -519,6 +528,16 @@ def keys() -> dict[str, dict[str, Any]]:
     matrix_header += b" " * (-len(matrix_header) % 8)
     flat = [value for row in matrix for value in row]
     matrix_file = struct.pack("<Q", len(matrix_header)) + matrix_header + struct.pack("<16f", *flat)
+    # An encoder's stream of another width than the decoder's, one a permutation and one a matrix.
+    reading = {"kind": "key", "residual": residual, "vocab": None, "encoder": [1, 2, 0]}
+    reading_header = (
+        b'{"__metadata__":{"format":"stip-key-1","key_id":"00112233445566778899aabbccddeeff"},'
+        b'"encoder":{"dtype":"I32","shape":[3],"data_offsets":[0,12]},'
+        b'"residual":{"dtype":"I32","shape":[4],"data_offsets":[12,28]}}'
+    )
+    reading_header += b" " * (-len(reading_header) % 8)
+    reading_file = struct.pack("<Q", len(reading_header)) + reading_header + struct.pack("<7i", 1, 2, 0, *residual)
+    reading_matrix = {"kind": "key", "residual": [1, 0], "vocab": None, "encoder": matrix}
     return {
         "key_hide": {"description": "embeddings [2, 4] hidden: permuted[j] = plain[residual[j]]"}
         | key
@@ -546,6 +565,15 @@ def keys() -> dict[str, dict[str, Any]]:
         "key_matrix_file": {"description": "the bytes of a key file with a matrix and no vocab"}
         | rotating
         | {"of": "load", "file": matrix_file.hex()},
+        "key_encoder_hide": {"description": "image patches [2, 3] hidden: permuted[j] = plain[encoder[j]]"}
+        | reading
+        | {"of": "hide_encoder", "plain": [[10, 11, 12], [20, 21, 22]], "permuted": [[11, 12, 10], [21, 22, 20]]},
+        "key_encoder_matrix_hide": {"description": "a source sequence [2, 4] hidden by a matrix: permuted = plain E"}
+        | reading_matrix
+        | {"of": "hide_encoder", "plain": [[2, 0, 0, 0], [2, 4, 6, 8]], "permuted": [[1, -1, 1, -1], [10, 2, 0, 4]]},
+        "key_encoder_file": {"description": "the bytes of a key file with an encoder's permutation and no vocab"}
+        | reading
+        | {"of": "load", "file": reading_file.hex()},
     }
 
 

@@ -95,9 +95,12 @@ def test_a_manifest_is_indented_json_for_people(cloud: Path) -> None:
 )
 def test_an_edited_field_is_found(device: Path, name: str) -> None:
     path = device / DEVICE_MANIFEST
-    values: dict[type, Any] = {str: "json", int: 9, list: [9], dict: {}, type(None): "seeded"}
+    values: dict[type, Any] = {str: "json", int: 9, bool: True, list: [9], dict: {}, type(None): "seeded"}
     value = json.loads(path.read_text()).get(name)
-    choices = {"dtype": "float16", "tokenizer": "onnx", "head": "device", "kind": "encoder"}
+    image = {"height": 8, "width": 8, "resize": 8, "resample": 3, "patches": 4}
+    choices: dict[str, Any] = {"dtype": "float16", "tokenizer": "onnx", "head": "device", "kind": "encoder"}
+    choices |= {"labels": ["cat"], "outputs": ["hidden"], "pooling": "mean", "image": image}
+    choices |= {"streams": {"residual": "rotation"}}
     edit(path, **{name: choices.get(name, values[type(value)])})
     with pytest.raises(BundleError, match="does not fit its digest, so it was edited"):
         read_manifest(device, DeviceManifest)
@@ -161,7 +164,7 @@ def test_an_unreadable_manifest_is_refused(tmp_path: Path, data: bytes) -> None:
 
 def test_the_cloud_half_has_no_field_to_hold_anything_of_the_devices() -> None:
     shared = {"protocol", "key_id", "served_name", "scheme", "dtype", "warning", "files", "digest"}
-    assert set(CloudManifest.__struct_fields__) == shared | {"absent"}
+    assert set(CloudManifest.__struct_fields__) == shared | {"kind", "absent"}
 
 
 # --- the files ---

@@ -15,7 +15,7 @@ import torch
 from websockets.asyncio.server import ServerConnection, serve
 
 from benchmarks.plain import DTYPES, plain_model, smollm2_source
-from cloud_backend.engine import LogitRows, Result, TorchEngine, Work
+from cloud_backend.engine import AppendWork, LogitRows, Result, TorchEngine, Work
 from cloud_backend.kv_cache import KVCache
 from cloud_backend.scheduler import Scheduler
 from device_app.sampler import Row, Sampler, Sampling
@@ -60,7 +60,7 @@ async def main(dtype: str) -> None:
             ids = np.frombuffer(request, "<u4", offset=4).astype(np.int64)
             cache, sampler = engine.new_cache(), Sampler(Sampling(), engine.vocab_size)
             for position in range(len(ids), len(ids) + count):
-                work = Work(cache, cache.length, ids, 1, "logits", TOP_K, 1.0, engine.dtype)
+                work = AppendWork(cache, cache.length, ids, 1, "logits", TOP_K, 1.0, engine.dtype)
                 timed = await scheduler.submit(engine, work)
                 assert isinstance(timed.result, LogitRows)
                 token = sampler.choose(row_of(timed.result), position)

@@ -77,10 +77,11 @@ def _seconds(text: str) -> float:
 def _serve(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging as transformers_logging
 
-    from cloud_backend.engine import open_context
+    from cloud_backend.limits import Limits
+    from cloud_backend.opening import open_context
     from cloud_backend.scheduler import Scheduler
     from cloud_backend.server import CloudServer, serve_until_stopped
-    from cloud_backend.session import Context, Limits
+    from cloud_backend.session import Context
     from cloud_backend.tokens import Tokens
 
     logging.basicConfig(level=logging.INFO, format="stip-cloud: %(message)s", stream=sys.stderr)

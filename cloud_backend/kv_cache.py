@@ -67,7 +67,7 @@ class Last:
 
 
 class KVCache:
-    """The KV cache of one session: one sequence, cut back and appended to."""
+    """The KV cache of one session: one sequence, cut back and appended to. With 0 layers it stays empty."""
 
     def __init__(self, layers: int) -> None:
         self._layers = [GrowingLayer() for _ in range(layers)]
@@ -77,7 +77,12 @@ class KVCache:
     @property
     def length(self) -> int:
         """Positions held."""
-        return self._layers[0].length
+        return self._layers[0].length if self._layers else 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether a decoder can go on from here: one that reads a source sequence needs it first."""
+        return True
 
     def cut(self, keep: int) -> None:
         """Forgets every position from `keep` on."""

@@ -16,8 +16,9 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.typing import Origin
 
+from cloud_backend.limits import Limits
 from cloud_backend.scheduler import Scheduler
-from cloud_backend.session import Context, Limits, Session
+from cloud_backend.session import Context, Session
 from cloud_backend.tokens import Tokens
 from shared.errors import UsageError
 from shared.loopback import is_loopback

@@ -16,14 +16,14 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
-from cloud_backend.engine import Engine, LogitRows, Result, Work
+from cloud_backend.engine import AppendWork, EncodeWork, Engine, HiddenRows, LogitRows, Result, Work
+from cloud_backend.limits import Limits, check_append, check_encode
 from shared.errors import RequestError, WireError
 from shared.wire import (
     Append,
     Cancel,
     Encode,
+    Encoded,
     Error,
     ErrorCode,
     FloatName,
@@ -58,27 +58,13 @@ class Context:
     engine: Engine
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one session may ask for. Bytes, except where named."""
-
-    max_frame: int = 4 * 2**20
-    window: int = 16 * 2**20
-    max_rows: int = 64
-    max_full_rows: int = 8
-    max_top_k: int = 1024
-    max_sessions: int = 64  # sessions of the whole server
-    idle_seconds: float = 600.0
-    open_seconds: float = 10.0  # from the connection to `Open`
-
-
 @dataclass
 class _Request:
     """An Append or Encode that still owes its reply; `error` is the reply if it is already known."""
 
     seq: int
     size: int
-    append: Append | None = None
+    message: Append | Encode | None = None
     error: RequestError | WireError | None = None
 
 
@@ -174,6 +160,9 @@ class Session:
                     max_full_rows=limits.max_full_rows,
                     max_top_k=limits.max_top_k,
                     window=limits.window,
+                    encoder_size=engine.encoder_size,
+                    encoder_context=engine.encoder_context,
+                    image_tokens=engine.image_tokens,
                 )
             )
         )
@@ -187,13 +176,14 @@ class Session:
         try:
             if isinstance(message, WireError):
                 raise message
-            request.append = self._checked(message, size)
+            self._check(message, size)
+            request.message = message
             self._in_flight += size
         except (RequestError, WireError) as error:
             request.error, request.size = error, 0
         self._pending.append(request)
 
-    def _checked(self, message: Append | Encode, size: int) -> Append:
+    def _check(self, message: Append | Encode, size: int) -> None:
         """What can be said of a request before its turn. Raises RequestError."""
         limits = self._limits
         if self._in_flight + size > limits.window:
@@ -202,35 +192,18 @@ class Session:
             )
         if size > limits.max_frame:
             raise RequestError("too_large", f"frame: seen {size} bytes, wanted at most {limits.max_frame}")
-        if isinstance(message, Encode) or message.kind != "text":
-            raise RequestError("unsupported", "this model is a decoder of text: it takes Append of kind text")
         assert self.context is not None
-        engine = self.context.engine
-        embeddings = message.embeddings
-        if embeddings.dtype.name != self._dtype:
-            raise RequestError("bad_request", f"embeddings: seen {embeddings.dtype.name}, wanted {self._dtype}")
-        if embeddings.shape[1] != engine.hidden_size:
-            raise RequestError(
-                "bad_request", f"embeddings: seen width {embeddings.shape[1]}, wanted {engine.hidden_size}"
-            )
-        if message.want == "logits" and engine.vocab_size == 0:
-            raise RequestError("unsupported", "want: seen logits, wanted hidden: this model's classifier is on devices")
-        full = message.want == "logits" and message.top_k == 0
-        most = limits.max_full_rows if full else limits.max_rows
-        if message.rows > most:
-            raise RequestError("too_large", f"rows: seen {message.rows}, wanted at most {most}")
-        if message.top_k > limits.max_top_k:
-            raise RequestError("too_large", f"top_k: seen {message.top_k}, wanted 0 or at most {limits.max_top_k}")
-        if not np.isfinite(embeddings).all():
-            raise RequestError("not_finite", "embeddings: seen NaN or infinity, wanted finite values")
-        return message
+        if isinstance(message, Append):
+            check_append(message, self.context.engine, limits, self._dtype)
+        else:
+            check_encode(message, self.context.engine, limits, self._dtype)
 
     def _cancel(self, seq: int) -> None:
         for request in self._pending:
             if request.seq >= seq and request.error is None:
                 self._in_flight -= request.size
                 request.size = 0
-                request.append, request.error = None, RequestError("cancelled", "dropped by Cancel")
+                request.message, request.error = None, RequestError("cancelled", "dropped by Cancel")
 
     def start(self) -> Work | None:
         """The next work for the engine, or None if there is none or one is running."""
@@ -239,26 +212,30 @@ class Session:
             if not self._pending:
                 break
             request = self._pending.popleft()
-            assert request.append is not None
+            assert request.message is not None
             self._running = request
             try:
-                return self._work(request.append)
+                return self._work(request.message)
             except RequestError as error:
                 self.finish(error)
         return None
 
-    def _work(self, message: Append) -> Work:
+    def _work(self, message: Append | Encode) -> Work:
         """What depends on the KV cache, checked at the request's turn."""
+        if isinstance(message, Encode):
+            return EncodeWork(self._cache, message.embeddings, message.lengths, message.want, self._dtype)
         assert self.context is not None
-        length, context = self._cache.length, self.context.engine.context
+        length, engine = self._cache.length, self.context.engine
         if message.after is not None and message.after != self._changed_by:
             raise RequestError("out_of_step", f"after: seen {message.after}, which is not what the KV cache rests on")
+        if not self._cache.ready:
+            raise RequestError("out_of_step", "Append: seen no source sequence yet, wanted an Encode of store before")
         if message.keep > length:
             raise RequestError("out_of_step", f"keep: seen {message.keep}, wanted at most the KV length {length}")
-        end = message.keep + len(message.embeddings)
-        if end > context:
-            raise RequestError("context_full", f"positions: seen {end}, wanted at most the context of {context}")
-        return Work(
+        end = message.keep + (engine.image_tokens if message.kind == "image" else len(message.embeddings))
+        if end > engine.context:
+            raise RequestError("context_full", f"positions: seen {end}, wanted at most the context of {engine.context}")
+        return AppendWork(
             self._cache,
             message.keep,
             message.embeddings,
@@ -267,30 +244,34 @@ class Session:
             message.top_k,
             message.temperature,
             self._dtype,
+            message.kind,
         )
 
     def finish(self, result: Result | RequestError, *, queue_us: int = 0, compute_us: int = 0) -> None:
         """Takes the result of the work that `start` gave."""
         request = self._running
-        assert request is not None
+        assert request is not None and request.message is not None
         self._running = None
         self._in_flight -= request.size
         if self.closing is not None:
             return
         if isinstance(result, RequestError):
-            if result.code == "internal":  # the engine may have cut the cache
+            if result.code == "internal" and isinstance(request.message, Append):  # the engine may have cut the cache
                 self._changed_by = None
             self._reply_error(request.seq, result)
         else:
-            self._changed_by = request.seq
-            length = self._kv_length()
-            common = {"seq": request.seq, "kv_length": length, "queue_us": queue_us, "compute_us": compute_us}
-            if isinstance(result, LogitRows):
-                reply: Logits | Hidden = Logits(**common, tensors=(result.values, result.ids, result.log_sum_exp))
-            else:
-                reply = Hidden(**common, tensors=(result.hidden,))
-            self.outbox.append(encode(reply))
+            if isinstance(request.message, Append) or request.message.want == "store":
+                self._changed_by = request.seq
+            self.outbox.append(encode(self._reply(request.seq, result, queue_us, compute_us)))
         self._flush_errors()
+
+    def _reply(self, seq: int, result: Result, queue_us: int, compute_us: int) -> Logits | Hidden | Encoded:
+        common = {"seq": seq, "kv_length": self._kv_length(), "queue_us": queue_us, "compute_us": compute_us}
+        if isinstance(result, LogitRows):
+            return Logits(**common, tensors=(result.values, result.ids, result.log_sum_exp))
+        if isinstance(result, HiddenRows):
+            return Hidden(**common, tensors=(result.hidden,))
+        return Encoded(**common, tensors=(result.result,))
 
     def _flush_errors(self) -> None:
         """Answers the requests at the head of the queue that are known to fail."""

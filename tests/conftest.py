@@ -28,9 +28,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from cloud_backend.engine import Engine, open_context
+from cloud_backend.engine import Engine
+from cloud_backend.limits import Limits
+from cloud_backend.opening import open_context
 from cloud_backend.server import CloudServer
-from cloud_backend.session import Context, Limits
+from cloud_backend.session import Context
 from cloud_backend.tokens import Tokens
 from device_app.assistant import Assistant
 from device_app.bundle import Bundle

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,7 +12,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
-from cloud_backend.engine import LogitRows, TorchEngine, Work
+from cloud_backend.engine import AppendWork, LogitRows, TorchEngine
 from shared import wire
 from shared.manifest import CloudManifest, read_manifest
 
@@ -63,11 +63,26 @@ class Device:
         self.seq += 1
         return wire.Append(seq=self.seq, keep=keep, tensors=(embeddings,), **fields)
 
+    def encode(self, embeddings: np.ndarray, lengths: Sequence[int], **fields: Any) -> wire.Encode:
+        """The next Encode, not sent yet."""
+        self.seq += 1
+        return wire.Encode(seq=self.seq, lengths=tuple(lengths), tensors=(embeddings,), **fields)
+
     def rows(self, keep: int, embeddings: np.ndarray, **fields: Any) -> np.ndarray:
         """Full rows for the last embedding (or `rows` of them), from an Append that must succeed."""
         reply = self.ask(self.append(keep, embeddings, **({"top_k": 0} | fields)))
         assert isinstance(reply, wire.Logits), reply
         return reply.values
+
+
+def encode(device: Device, sequences: Sequence[np.ndarray], want: str) -> Any:
+    """The reply to one Encode of these sequences."""
+    return device.ask(device.encode(np.concatenate(sequences), [len(rows) for rows in sequences], want=want))
+
+
+def close(seen: np.ndarray, wanted: np.ndarray, tolerance: float = 1e-4) -> None:
+    """Asserts that arrays are equal, up to a share of the largest value."""
+    np.testing.assert_allclose(seen, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
 
 
 def close_code(socket: ClientConnection) -> int | None:
@@ -98,7 +113,7 @@ def engine_step(engine: TorchEngine) -> Callable[[int, np.ndarray], np.ndarray]:
     cache = engine.new_cache()
 
     def step(keep: int, embeddings: np.ndarray) -> np.ndarray:
-        (result,) = engine.run([Work(cache, keep, embeddings, 1, "logits", 0, 1.0, engine.dtype)])
+        (result,) = engine.run([AppendWork(cache, keep, embeddings, 1, "logits", 0, 1.0, engine.dtype)])
         assert isinstance(result, LogitRows)
         return result.values
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -17,11 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from cloud_backend.engine import HiddenRows, LogitRows, TorchEngine, Work, open_context
+from cloud_backend.engine import AppendWork, HiddenRows, LogitRows, TorchEngine
 from cloud_backend.kv_cache import FIRST_CAPACITY, KVCache
+from cloud_backend.opening import open_context
 from shared import wire
-from shared.errors import BundleError
-from shared.manifest import CloudManifest, read_manifest, write_manifest
 from tests.conftest import SIZES, randomise
 
 KINDS = ["llama", "mistral-window", "qwen2", "qwen3"]
@@ -75,7 +71,7 @@ def run(
     dtype: wire.FloatName | None = None,
 ) -> Any:
     rows = len(embeddings) if rows is None else rows
-    work = Work(cache, keep, embeddings, rows, want, top_k, temperature, dtype or engine.dtype)
+    work = AppendWork(cache, keep, embeddings, rows, want, top_k, temperature, dtype or engine.dtype)
     return engine.run([work])[0]
 
 
@@ -453,75 +449,3 @@ def test_a_temperature_close_to_zero_is_no_failure_of_the_model(engines: Callabl
     engine = engines("llama")
     result = run(engine, engine.new_cache(), 0, SEQUENCE[:1], top_k=4, temperature=1e-4)
     assert np.isfinite(result.log_sum_exp).all()
-
-
-# --- opening ---
-
-
-def test_max_position_embeddings_is_the_context(tiny: Path) -> None:
-    assert open_context(tiny / "cloud", device="cpu")[1].context == CONTEXT
-
-
-@pytest.mark.parametrize(("asked", "given_"), [(10, 10), (CONTEXT, CONTEXT), (CONTEXT + 1, CONTEXT)])
-def test_a_context_can_be_made_shorter_and_never_longer(tiny: Path, asked: int, given_: int) -> None:
-    assert open_context(tiny / "cloud", device="cpu", context=asked)[1].context == given_
-
-
-@pytest.mark.parametrize("dtype", wire.FLOATS)
-def test_the_engine_computes_in_the_dtype_asked_for(tiny: Path, dtype: Any) -> None:
-    engine = open_context(tiny / "cloud", device="cpu", dtype=dtype)[1]
-    result = run(engine, engine.new_cache(), 0, SEQUENCE[:1].astype(wire.DTYPES[dtype]))
-    assert (engine.dtype, result.values.dtype.name) == (dtype, dtype)
-
-
-def test_the_engine_holds_no_embedding_table(engines: Callable[[str], TorchEngine]) -> None:
-    assert engines("llama")._model.get_input_embeddings() is None
-
-
-@pytest.mark.parametrize("scheme", ["permutation", "rotation"])
-def test_a_folder_without_a_classifier_gives_hidden_states_and_holds_none(
-    tiny_exports: Callable[..., Path], scheme: str
-) -> None:
-    manifest, engine = open_context(tiny_exports("llama-tied", scheme, "device") / "cloud", device="cpu")
-    assert manifest.absent == ["model.embed_tokens.weight", "lm_head.weight"]
-    assert engine.vocab_size == 0
-    assert not [name for name, _ in engine._model.named_parameters() if "embed_tokens" in name or "lm_head" in name]
-    result = run(engine, engine.new_cache(), 0, SEQUENCE, rows=3, want="hidden")
-    assert isinstance(result, HiddenRows) and result.hidden.shape == (3, WIDTH)
-
-
-def test_a_classifier_that_is_missing_though_the_manifest_does_not_say_so_is_refused(
-    tiny_exports: Callable[..., Path], tmp_path: Path
-) -> None:
-    folder = shutil.copytree(tiny_exports("llama-tied", head="device") / "cloud", tmp_path / "cloud")
-    manifest = read_manifest(folder, CloudManifest)
-    write_manifest(msgspec.structs.replace(manifest, absent=["model.embed_tokens.weight"]), folder)
-    with pytest.raises(BundleError, match="1 tensors missing"):
-        TorchEngine.load(folder, "float32", "cpu")
-
-
-def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """A cloud folder whose config.json was changed; its manifest is not asked."""
-    config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("key", "value"), [("num_hidden_layers", 4), ("num_hidden_layers", 2), ("vocab_size", 321)], ids=str
-)
-def test_a_checkpoint_that_does_not_fit_its_architecture_is_refused(
-    tiny: Path, tmp_path: Path, key: str, value: int
-) -> None:
-    folder = rewritten(shutil.copytree(tiny / "cloud", tmp_path / "cloud"), lambda config: config.update({key: value}))
-    assert read_manifest(folder, CloudManifest)
-    with pytest.raises(BundleError, match="does not fit"):
-        TorchEngine.load(folder, "float32", "cpu")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_without_a_device_is_refused_with_a_hint(tiny: Path) -> None:
-    with pytest.raises(BundleError, match="cuda") as caught:
-        open_context(tiny / "cloud", device="cuda")
-    assert caught.value.hint and "--device cpu" in caught.value.hint

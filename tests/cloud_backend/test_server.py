@@ -26,9 +26,9 @@ import torch
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from cloud_backend.cli import main
-from cloud_backend.engine import open_context
+from cloud_backend.limits import Limits
+from cloud_backend.opening import open_context
 from cloud_backend.server import CloudServer
-from cloud_backend.session import Limits
 from cloud_backend.tokens import Tokens, add_token
 from export.bundle import export_model
 from shared import wire

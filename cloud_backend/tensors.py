@@ -1,0 +1,36 @@
+"""Between the arrays of the wire and torch's tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from shared.wire import DTYPES, Array, FloatName
+
+TORCH_DTYPES: dict[FloatName, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def finite(values: torch.Tensor) -> torch.Tensor:
+    """The same values. Raises ArithmeticError where one of them is not finite."""
+    if not torch.isfinite(values).all():
+        raise ArithmeticError("the model computed values that are not finite")
+    return values
+
+
+def to_torch(array: Array) -> torch.Tensor:
+    """A copy as a tensor (numpy's bfloat16 is not torch's)."""
+    if array.dtype == DTYPES["bfloat16"]:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def to_numpy(tensor: torch.Tensor) -> Array:
+    """The same values as an array."""
+    tensor = tensor.cpu().contiguous()
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(DTYPES["bfloat16"])
+    return tensor.numpy()

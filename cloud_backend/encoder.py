@@ -28,9 +28,12 @@ class EncoderEngine:
         self._model = model
         self._body = model.base_model  # itself, where it has no classifier
         classifies = model is not self._body
+        pools = self._pools()
+        if not pools and hasattr(self._body, "pooler"):
+            self._body.pooler = None
         self.encodes: tuple[EncodeWant, ...] = (
             "hidden",
-            *(("pooled",) if self._pools() else ()),
+            *(("pooled",) if pools else ()),
             *(("logits",) if classifies else ()),
         )
         self.hidden_size: int = model.config.hidden_size
@@ -40,7 +43,9 @@ class EncoderEngine:
         self.dtype = dtype
 
     def _pools(self) -> bool:
-        return getattr(self._body, "pooler", None) is not None
+        pooler = getattr(self._body, "pooler", None)
+        # A checkpoint may lack it, as masked language models have none.
+        return pooler is not None and all(tensor is not None for tensor in pooler.dense._parameters.values())
 
     def _longest(self) -> int:
         """Positions that the model has. RoBERTa's begin behind the one of padding."""

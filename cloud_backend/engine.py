@@ -114,6 +114,7 @@ class TorchEngine:
         self._body = model.get_decoder()
         classifier = model.get_output_embeddings()
         self._classifier: Any = None if classifier.weight is None else classifier  # None: devices classify
+        self._cap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         self._layers: int = config.num_hidden_layers
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = 0 if self._classifier is None else self._classifier.out_features
@@ -159,7 +160,7 @@ class TorchEngine:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [rows, vocab_size] of last hidden states."""
         logits: torch.Tensor = self._classifier(hidden)
-        return logits
+        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
 
     @staticmethod
     def _repeated(work: AppendWork, embeddings: torch.Tensor) -> torch.Tensor | None:

@@ -29,6 +29,8 @@ ENGINES: dict[Kind, tuple[type[TorchEngine] | type[EncoderEngine], tuple[str, ..
             "BertForSequenceClassification",
             "RobertaModel",
             "RobertaForSequenceClassification",
+            "XLMRobertaModel",
+            "XLMRobertaForSequenceClassification",
             "DistilBertModel",
             "DistilBertForSequenceClassification",
         ),
@@ -68,7 +70,6 @@ def load_model(folder: Path, dtype: FloatName, device: str) -> Any:
     model, info = _stock_class(folder, manifest.kind).from_pretrained(
         folder,
         dtype=TORCH_DTYPES[dtype],
-        attn_implementation="sdpa",
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported, and refused below
         local_files_only=True,

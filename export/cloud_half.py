@@ -37,24 +37,25 @@ def plan_cloud(source: Source, family: Family, head: Head) -> CloudPlan:
     for one that the stock model needs and the source lacks."""
     stock = {name: tuple(tensor.shape) for name, tensor in empty_model(source.config).state_dict().items()}
     kept_back = [family.embedding, family.classifier if head == "device" else None]
-    axes, stored, zeros, absent, missing = {}, {}, {}, [], []
+    plan = CloudPlan({}, {}, {}, [])
+    missing: list[str] = []
     for name in sorted(stock.keys() | source.shapes.keys()):
         row = family.axes(name)
         if isinstance(row, Dropped):
             continue
         if name in kept_back or (isinstance(row, OnDevice) and not row.zeros):
-            absent.append(name)
+            plan.absent.append(name)
         elif isinstance(row, OnDevice):
-            zeros[name] = stock[name]
+            plan.zeros[name] = stock[name]
         elif (held := stored_name(source, family, name)) is None:
-            (absent if name.startswith(family.optional) else missing).append(name)
+            (plan.absent if name.startswith(family.optional) else missing).append(name)
         else:
-            axes[name], stored[name] = row, held
+            plan.axes[name], plan.stored[name] = row, held
     if family.embedding is not None and stored_name(source, family, family.embedding) is None:
         missing.insert(0, family.embedding)
     if missing:
         raise FamilyError(f"tensors missing from the source: {listed(missing)}", hint="is the checkpoint complete?")
-    return CloudPlan(axes, stored, zeros, absent)
+    return plan
 
 
 def used_structures(structures: Iterable[Structure], plan: CloudPlan) -> list[Structure]:

@@ -80,7 +80,7 @@ def act_on_axes(name: str, tensor: torch.Tensor, axes: tuple[Axis, ...], secrets
             continue
         sizes = [secrets[space].size for space in spaces]
         _check_size(name, tensor, dimension, sum(sizes), " + ".join(spaces))
-        parts = tensor.split(sizes, dimension)
+        parts = torch.split(tensor, sizes, dimension)
         moved = [secrets[space].act(part, dimension) for space, part in zip(spaces, parts, strict=True)]
         tensor = moved[0] if len(moved) == 1 else torch.cat(moved, dimension)
     return tensor

@@ -129,7 +129,8 @@ def _settings(config: PretrainedConfig) -> dict[str, Any]:
         if isinstance(part, PretrainedConfig):  # of one of several models in one
             kept[key] = _settings(part) | {"model_type": part.model_type, "tie_word_embeddings": False}
         elif (
-            key in known
+            # Numbers that not every config of the class has are settings too: Qwen3-MoE's head_dim.
+            (key in known or isinstance(value, int | float))
             and not key.startswith("_")
             and not key.endswith(("_token_id", "_token_ids", "_token_index"))
             and "label" not in key

@@ -17,8 +17,9 @@ from export.spaces import Dropped
 from export.stock import StockNames, empty_model
 from shared.errors import SourceError
 
+WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.spm", "*.txt"]
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "source.spm")
 
 
 class Source(Protocol):
@@ -68,7 +69,7 @@ def _download(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+        return Path(snapshot_download(model, allow_patterns=WANTED_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SourceError(

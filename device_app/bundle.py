@@ -46,6 +46,13 @@ class Patches:
 
     def __init__(self, path: Path, image: ImageFormat) -> None:
         self._session = _opened(path, threads=2)
+        sizes = [image.resize] if isinstance(image.resize, int) else image.resize
+        if min(sizes) < 1 or image.resample not in range(6):
+            raise BundleError(
+                f"{path}: seen pixels resized to {sizes} by the filter {image.resample}, wanted lengths above 0 "
+                "and a filter of Pillow's (0 to 5)",
+                hint="export the bundle again",
+            )
         seen, wanted = _inputs(self._session), [image.height, image.width, 3]
         if seen != {"pixels": wanted}:
             raise BundleError(f"{path}: seen inputs {seen}, wanted pixels {wanted}", hint="export the bundle again")

@@ -171,11 +171,7 @@ class Encoder:
         self.want(want)
         if not embeddings:
             raise UsageError("inputs: seen none, wanted at least one")
-        try:
-            return self._connection.results(embeddings, want)
-        except BaseException:
-            self._connection.cancel()
-            raise
+        return self._connection.results(embeddings, want)
 
     def _predictions(self, logits: Array) -> list[Prediction]:
         """Softmax, sorted; equal ones in the model's order."""

@@ -19,7 +19,14 @@ from shared.errors import SourceError
 
 WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.spm", "*.txt"]
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "source.spm")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "source.spm",
+)
 
 
 class Source(Protocol):

@@ -196,14 +196,11 @@ class HonestCloud:
         return logits(request, [plain_logits(ids, self.source) for ids in sequences], length)
 
     def _misplaced(self, append: Append) -> bool:
-        inside = 0 < append.keep < len(self.cache) and self._image_is_cut(append.keep)
-        assert not inside, "keep falls inside an image"
+        if append.after not in (None, self._changed_by) or append.keep > len(self.cache):
+            return True
+        assert not 0 < append.keep < len(self.cache) or not self._image_is_cut(append.keep), "keep is inside an image"
         reads = self.opened.encoder_size > 0 and not self.opened.image_tokens
-        return (
-            append.after not in (None, self._changed_by)
-            or append.keep > len(self.cache)
-            or (reads and self.source is None)
-        )
+        return reads and self.source is None
 
     def _image_is_cut(self, length: int) -> bool:
         before = self.cache[:length]

@@ -19,6 +19,7 @@ from device_app.assistant import Assistant
 from device_app.encoder import Encoder
 from shared.key import UserKey
 from shared.levels import limit
+from shared.wire import ErrorCode
 from tests.device_app.bundles import CLASSES, LABELS, PLACEHOLDER, make_bundle
 from tests.device_app.honest_cloud import IMAGES, SOURCES, HonestCloud, of_widths
 from tests.device_app.honest_encoder import HonestEncoder, serving
@@ -285,6 +286,22 @@ def test_what_cannot_be_done_is_one_line_before_anything_is_sent(
 )
 def test_a_cloud_that_is_not_there_is_named_once(folders: dict[str, Path], command: str, kind: str) -> None:
     assert_failed(called(command, folders[kind], "--url", NOWHERE, "a", "b"), 1, f"cloud {NOWHERE}: ", "stip-cloud")
+
+
+@pytest.mark.parametrize("code", ["internal", "unsupported"])
+def test_a_refusal_that_is_no_inputs_fault_ends_it_at_once(folders: dict[str, Path], code: ErrorCode) -> None:
+    def failing() -> HonestEncoder:
+        cloud = HonestEncoder()
+        cloud.failures = [code] * 9
+        return cloud
+
+    with serving(failing) as (url, clouds):
+        assert_failed(called("embed", folders["encoder"], "--url", url, "a", "b"), 1, f"{code}: because", None)
+        assert len(clouds) == 1
+        photo = folders["encoder"].parent / "photo.png"
+        Image.new("RGB", (6, 4)).save(photo)
+        result = called("classify", folders["image-encoder"], "--url", url, photo, photo)
+        assert_failed(result, 1, f"{code}: because", None)
 
 
 @pytest.mark.parametrize("command", ["embed", "classify", "describe", "translate"])

@@ -320,6 +320,8 @@ def test_a_model_of_images_alone_takes_no_text(tmp_path: Path) -> None:
         ("encoder", {"outputs": ["hidden"]}, "wanted .*, 0, 0"),
         ("image-encoder", {"hidden_size": 9}, "wanted .*, 9, 4"),
         ("vision-decoder", {"image": msgspec.structs.replace(IMAGE, height=5)}, "seen inputs .*, wanted pixels"),
+        ("vision-decoder", {"image": msgspec.structs.replace(IMAGE, resize=0)}, "lengths above 0"),
+        ("vision-decoder", {"image": msgspec.structs.replace(IMAGE, resample=6)}, "by the filter 6"),
     ],
 )
 def test_a_bundle_whose_parts_do_not_fit_is_refused(tmp_path: Path, kind: Kind, fields: Any, error: str) -> None:

@@ -365,6 +365,35 @@ def test_an_encoded_in_place_of_logits_is_refused(reading: tuple[Session, Honest
 # --- both ---
 
 
+def test_every_embedding_is_of_its_place_in_the_sequence() -> None:
+    placed: list[tuple[list[int], int]] = []
+
+    def record(ids: Sequence[int], start: int) -> np.ndarray:
+        placed.append((list(ids), start))
+        return embed(ids)
+
+    looking, cloud = Session(LOOKING, record, served_name="tiny", widths=IMAGES), looking_cloud(max_frame=ROOM)
+    number = looking.add_image(image(0))
+    ids = [*range(1, 13), *[number] * IMAGE_TOKENS, 13, 14]
+    cloud.connect(looking)
+    for length in (len(ids) - 1, len(ids)):
+        looking.ask(ids[:length], top_k=5)
+        cloud.settle(looking)
+    assert placed == [
+        (list(range(1, 8)), 0),
+        (list(range(8, 13)), 7),
+        ([13], 12 + IMAGE_TOKENS),
+        ([14], 13 + IMAGE_TOKENS),
+    ]
+    placed.clear()
+    reading, cloud = Session(READING, record, served_name="tiny", widths=SOURCES), reading_cloud()
+    cloud.connect(reading)
+    for length in (2, 3):
+        reading.ask([1, 2, 3][:length], source=[7, 8], top_k=5)
+        cloud.settle(reading)
+    assert placed == [([7, 8], 0), ([1, 2], 0), ([3], 2)]
+
+
 @pytest.mark.parametrize("field", ["encoder_size", "encoder_context", "image_tokens"])
 @pytest.mark.parametrize("open_", [new_session, looking_session, reading_session])
 def test_an_opened_with_another_encoder_is_refused(open_: Callable[[], Session], field: str) -> None:
@@ -393,7 +422,7 @@ commands = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(st.lists(commands, max_size=25), st.integers(1, 4))
 def test_the_cloud_ends_with_exactly_what_was_asked_about_images_included(
     steps: list[tuple[object, ...]], frames_in_window: int
@@ -448,7 +477,7 @@ reading_commands = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(st.lists(reading_commands, max_size=25), st.integers(1, 3), st.integers(1, 4))
 def test_the_cloud_ends_with_exactly_what_was_asked_about_its_source_included(
     steps: list[tuple[object, ...]], in_a_frame: int, frames_in_window: int

@@ -35,9 +35,12 @@ __all__ = ["FAMILIES", "LLAMA", "Family", "ImageInput", "Read", "TextInput", "fa
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The table for an architecture. Raises FamilyError naming it and what is supported."""
+    """The table for a config. Raises FamilyError naming the architecture and what is supported, or what of the config
+    does not fit its table."""
     for family in FAMILIES:
         if config.model_type in family.model_types:
+            if reason := family.unsupported(config):
+                raise FamilyError(f"architecture {config.model_type!r}: {reason}")
             return family
     supported = listed((name for family in FAMILIES for name in family.model_types), most=40)
     raise FamilyError(

@@ -213,8 +213,9 @@ GPT2 = Family(
         "transformer.wte.weight": ("vocab", "residual"),
         "transformer.wpe.weight": OnDevice(zeros=True),
         **layer_norm(_GPT2_LAYER + "ln_1"),
-        _GPT2_LAYER + "attn.bias": COMPUTED,  # the causal mask, in old checkpoints
-        _GPT2_LAYER + "attn.masked_bias": COMPUTED,
+        # The causal mask, in old checkpoints, whose names have no prefix.
+        **dict.fromkeys((_GPT2_LAYER + "attn.bias", "h.{i}.attn.bias"), COMPUTED),
+        **dict.fromkeys((_GPT2_LAYER + "attn.masked_bias", "h.{i}.attn.masked_bias"), COMPUTED),
         **linear(
             _GPT2_LAYER + "attn.c_attn",
             into=After("residual", _GPT2_LAYER + "ln_1.weight"),

@@ -50,7 +50,7 @@ def sinusoids(config: Any) -> torch.Tensor:
     """Positions [context, d_model]: sines in the first half of the features, cosines in the second (Marian's order)."""
     width = config.d_model
     position = torch.arange(config.max_position_embeddings, dtype=torch.float64)[:, None]
-    angle = position / 10000 ** (2 * (torch.arange(width) // 2) / width)
+    angle = position / 10000 ** (2 * (torch.arange(width, dtype=torch.float64) // 2) / width)
     return torch.cat([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=1).float()
 
 

@@ -17,16 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
 
 from cloud_backend.engine import Engine
 from cloud_backend.limits import Limits
@@ -42,84 +32,10 @@ from export import device_half
 from export.bundle import export_model
 from export.scheme import Head, SchemeName
 from export.tokenizer import TokenizerReport
+from tests.checkpoints import make_checkpoint
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched while testing
 torch.set_num_threads(2)
-
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-# Grouped heads, odd head counts, heads wider than hidden_size / heads, biases, tied and untied, a sliding window.
-TINY = {
-    "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
-    "llama-tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "llama-odd-heads": LlamaConfig(
-        **SIZES | {"hidden_size": 45, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 10}
-    ),
-    "llama-biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
-    "mistral": MistralConfig(**SIZES | {"num_attention_heads": 3, "num_key_value_heads": 1}, sliding_window=None),
-    "mistral-window": MistralConfig(**SIZES, sliding_window=8),
-    "qwen2": Qwen2Config(**SIZES),
-    "qwen2-tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SIZES | {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 16}),
-    "qwen3-tied": Qwen3Config(**SIZES | {"head_dim": 12}, tie_word_embeddings=True),
-}
-TEMPLATE = (
-    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 320 tokens with a chat template."""
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|start|>", "<|end|>"]
-    text = ["the cat sat on the mat, and the dog sang in the rain; then all of them went home together"] * 4
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(text, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|pad|>",
-        bos_token="<|start|>",
-        eos_token="<|end|>",
-        chat_template=TEMPLATE,
-    )
-
-
-def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """Every parameter drawn anew: fresh models have unit norms and zero biases, which hide what is forgotten."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            values = torch.randn(parameter.shape, generator=generator)
-            scale = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
-            parameter.copy_(values * scale + (1.0 if name.endswith("norm.weight") else 0.0))
-
-
-def make_checkpoint(folder: Path, kind: str, *, dtype: torch.dtype = torch.float32, shards: str = "60KB") -> Path:
-    """A tiny stock checkpoint of `kind` (a key of TINY), every tensor randomised, in several shards."""
-    config = TINY[kind]
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    randomise(model)
-    model.to(dtype).save_pretrained(folder, max_shard_size=shards)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from cloud_backend.engine import AppendWork, HiddenRows, LogitRows, TorchEngine
 from cloud_backend.kv_cache import FIRST_CAPACITY, KVCache
 from cloud_backend.opening import open_context
 from shared import wire
-from tests.conftest import SIZES, randomise
+from tests.checkpoints import SIZES, randomise
 
 KINDS = ["llama", "mistral-window", "qwen2", "qwen3"]
 WIDTH, VOCAB, CONTEXT = (SIZES[name] for name in ("hidden_size", "vocab_size", "max_position_embeddings"))

@@ -10,7 +10,7 @@ import pytest
 
 from device_app.template import ChatTemplate
 from shared.errors import BundleError
-from tests.conftest import TEMPLATE, tiny_tokenizer
+from tests.checkpoints import TEMPLATE, tiny_tokenizer
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou "

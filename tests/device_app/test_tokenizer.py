@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from device_app.tokenizer import Tokenizer, open_tokenizer
 from export.tokenizer import export_tokenizer
 from shared.errors import BundleError
-from tests.conftest import tiny_tokenizer
+from tests.checkpoints import tiny_tokenizer
 
 FAMILY = "👨‍👩‍👧‍👦"
 CUT = "👍".encode()

@@ -19,7 +19,7 @@ from export.embedding import export_embedding
 from export.shards import Shards
 from shared.errors import EquivalenceError, ExportError, FamilyError, SourceError
 from shared.manifest import CloudManifest, DeviceManifest, read_manifest
-from tests.conftest import TINY, make_checkpoint
+from tests.checkpoints import TINY, make_checkpoint
 
 
 def left_over(folder: Path) -> list[str]:

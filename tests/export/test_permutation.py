@@ -13,7 +13,7 @@ from export.permutation import Permutation
 from export.scheme import random_permutation
 from export.spaces import Features, Fixed, Heads
 from shared.errors import FamilyError
-from tests.conftest import TINY
+from tests.checkpoints import TINY
 
 
 def heads(query: int, key_value: int, dim: int) -> Heads:

@@ -20,7 +20,7 @@ from export.rotation import Blocks, Rotation, Scaled, orthogonal_keeping_ones, r
 from export.shards import Shards
 from export.spaces import After, Axis, Features, Fixed, Gain, Gated, Heads, Stream
 from shared.errors import FamilyError
-from tests.conftest import SIZES, TINY
+from tests.checkpoints import SIZES, TINY
 
 few = settings(max_examples=25, deadline=None)
 group_shapes = {"key_value": st.integers(1, 4), "group": st.integers(1, 4), "half": st.integers(1, 5)}

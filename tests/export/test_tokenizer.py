@@ -19,7 +19,7 @@ from device_app.tokenizer import open_tokenizer
 from export.hard_text import hard_text
 from export.tokenizer import TokenizerReport, export_tokenizer
 from shared.errors import ExportError
-from tests.conftest import tiny_tokenizer
+from tests.checkpoints import tiny_tokenizer
 
 LLAMA_3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

@@ -17,7 +17,7 @@ from export.audit.scene import Scene, open_scene
 from export.bundle import export_model
 from shared.key import Index
 from shared.wire import Array
-from tests.conftest import TINY, tiny_tokenizer
+from tests.checkpoints import TINY, tiny_tokenizer
 from tests.export.audit.conftest import Scenes, control
 
 

@@ -122,7 +122,7 @@ def cloud_config(config: PretrainedConfig, family: Family, dtype: torch.dtype) -
 
 
 def _settings(config: PretrainedConfig) -> dict[str, Any]:
-    known = {*type(config)().to_dict(), "head_dim"}  # which Qwen3-MoE's config has only where it is given
+    known = type(config)().to_dict().keys()
     kept: dict[str, Any] = {}
     for key, value in config.to_dict().items():
         part = getattr(config, key, None)

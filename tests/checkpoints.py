@@ -76,6 +76,14 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 
+PLACEHOLDER = "<|pad|>"  # id 0 of the tiny tokenizer; stands for an image
+# As SmolVLM's: content is a list of parts.
+LOOKING_TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}" + PLACEHOLDER + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
 # --- the other families ---
 
 UNGROUPED = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
@@ -146,7 +154,7 @@ FAMILIES: dict[str, Any] = {
                 image_size=24,
                 patch_size=8,
             ),
-            image_token_id=7,
+            image_token_id=0,
         ),
     ),
     "marian": _served_as(
@@ -174,7 +182,7 @@ EVERY: dict[str, Any] = {kind: TINY[kind] for kind in ("llama-biases", "mistral"
 ALL: dict[str, Any] = TINY | FAMILIES
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
     """A byte-level BPE of 320 tokens with a chat template."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -193,7 +201,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|pad|>",
         bos_token="<|start|>",
         eos_token="<|end|>",
-        chat_template=TEMPLATE,
+        chat_template=template,
     )
 
 
@@ -225,7 +233,7 @@ def make_checkpoint(
     model.to(dtype).save_pretrained(folder, max_shard_size=shards)
     family = family_of(config)
     if family.text is not None:
-        tiny_tokenizer().save_pretrained(folder)
+        tiny_tokenizer(LOOKING_TEMPLATE if family.image is not None else TEMPLATE).save_pretrained(folder)
     if family.image is not None:
         image_processor(config, family.image.config(config).image_size).save_pretrained(folder)
     return folder

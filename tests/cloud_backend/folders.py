@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from shared.manifest import CloudManifest, Kind, file_entry, write_manifest
-from tests.conftest import randomise
+from tests.checkpoints import randomise
 
 
 def randomised(model: Any, seed: int = 0) -> Any:

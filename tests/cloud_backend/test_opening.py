@@ -22,8 +22,8 @@ from cloud_backend.vision import ImageEncoderEngine, VisionEngine
 from shared import wire
 from shared.errors import BundleError
 from shared.manifest import CloudManifest, Kind, read_manifest, write_manifest
+from tests.checkpoints import SIZES
 from tests.cloud_backend.folders import randomised, save_cloud
-from tests.conftest import SIZES
 
 WIDTH, CONTEXT = SIZES["hidden_size"], SIZES["max_position_embeddings"]
 SEQUENCE = np.random.default_rng(5).normal(size=(40, WIDTH)).astype(np.float32)

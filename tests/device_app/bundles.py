@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from shared.key import UserKey
 from shared.manifest import DeviceManifest, ImageFormat, Kind, file_entry, write_manifest
-from tests.conftest import TEMPLATE, tiny_tokenizer
+from tests.checkpoints import LOOKING_TEMPLATE, TEMPLATE, tiny_tokenizer
 from tests.device_app.honest_cloud import (
     HIDDEN,
     IMAGE_TOKENS,
@@ -30,7 +30,6 @@ from tests.device_app.honest_cloud import (
     image,
 )
 
-PLACEHOLDER = "<|pad|>"  # of the tiny tokenizer; stands for an image
 PLACEHOLDER_ID, START_ID, END_ID = 0, 1, 2
 IMAGE = ImageFormat(
     height=4, width=6, resize=(4, 6), resample=0, patches=PATCHES, tokens=IMAGE_TOKENS, token_id=PLACEHOLDER_ID
@@ -38,12 +37,6 @@ IMAGE = ImageFormat(
 LABELS = ["cat", "dog", "a\x1b[31m\tbird\n", "fish"]
 CLASSES = UserKey(KEY.key_id, KEY.residual, np.array([2, 0, 3, 1]))  # of an encoder with class logits
 CONTEXT = 12  # of encoders
-# As SmolVLM's: content is a list of parts.
-LOOKING_TEMPLATE = (
-    "{% for message in messages %}<|start|>{{ message['role'] }}\n{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}" + PLACEHOLDER + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
-    "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
 
 
 def make_bundle(

@@ -13,7 +13,8 @@ from PIL import Image
 from device_app.assistant import Assistant
 from device_app.sampler import Sampling
 from shared.errors import BundleError, RefusedError, UsageError
-from tests.device_app.bundles import END_ID, LOOKING_TEMPLATE, PLACEHOLDER, PLACEHOLDER_ID, make_bundle
+from tests.checkpoints import LOOKING_TEMPLATE, PLACEHOLDER
+from tests.device_app.bundles import END_ID, PLACEHOLDER_ID, make_bundle
 from tests.device_app.honest_cloud import (
     IMAGE_TOKENS,
     IMAGES,

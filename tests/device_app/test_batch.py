@@ -20,7 +20,8 @@ from device_app.encoder import Encoder
 from shared.key import UserKey
 from shared.levels import limit
 from shared.wire import ErrorCode
-from tests.device_app.bundles import CLASSES, LABELS, PLACEHOLDER, make_bundle
+from tests.checkpoints import PLACEHOLDER
+from tests.device_app.bundles import CLASSES, LABELS, make_bundle
 from tests.device_app.honest_cloud import IMAGES, SOURCES, HonestCloud, of_widths
 from tests.device_app.honest_encoder import HonestEncoder, serving
 from tests.device_app.test_cli import assert_failed, called, device

@@ -131,14 +131,6 @@ def test_a_tensor_that_is_missing(kind: str, refusal: Refusal, tmp_path: Path) -
     assert lost.rpartition(".")[2] in line
 
 
-def test_a_bert_without_the_pooler_that_its_class_has(refusal: Refusal, tmp_path: Path) -> None:
-    config = BertConfig(**ENCODER, architectures=["BertForMaskedLM"])  # which is trained and saved without
-    checkpoint = make_checkpoint(tmp_path / "bert", config)
-    assert refusal(checkpoint, FamilyError) == (
-        "tensors missing from the source: pooler.dense.bias, pooler.dense.weight"
-    )
-
-
 # --- images ---
 
 

@@ -80,7 +80,7 @@ class Transformed:
         self.sent = check._sent(device, samples, self.key)
         stock = getattr(transformers, source.config.architectures[0])
         with torch.inference_mode():
-            self.expected = plain(family, samples.inputs())(stock.from_pretrained(checkpoint)).numpy()
+            self.expected = plain(samples.inputs(), pooled=True)(stock.from_pretrained(checkpoint)).numpy()
         self.model = stock.from_pretrained(cloud, config=AutoConfig.from_pretrained(cloud))
         self.weights = self.model.state_dict()
 
@@ -92,7 +92,7 @@ class Transformed:
         for name, axes in otherwise.items():
             tensor = self.source.read(self.plan.stored[name])
             self.weights[name].copy_(self.scheme.act(name, tensor, axes, self.source.read))
-        rows = check._revealed(self.key, from_sent(self.family, self.sent)(self.model).numpy())
+        rows = check._revealed(self.key, from_sent(self.family, self.sent, pooled=True)(self.model).numpy())
         for name, values in kept.items():
             self.weights[name].copy_(values)
         return float(np.abs(rows - self.expected).max() / (TOLERANCE * max(1.0, np.abs(self.expected).max())))

@@ -12,16 +12,18 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoConfig
+from transformers import AutoConfig, BertConfig, BertModel
 
 from device_app.assistant import Assistant
 from device_app.bundle import Bundle
 from device_app.connection import Address
 from device_app.encoder import Encoder
+from export.bundle import export_model
 from export.families import family_of
 from export.scheme import SchemeName
+from shared.errors import UsageError
 from shared.levels import SCHEMES
-from tests.checkpoints import EVERY
+from tests.checkpoints import ENCODER, EVERY, make_checkpoint
 from tests.conftest import open_assistant, run_cloud
 
 TEXTS = ["the cat sat on the mat", "rain", "then all of them went home together, and the dog sang in the rain"]
@@ -106,6 +108,22 @@ def test_an_encoder_gives_the_stock_model_s_states_and_classes(
                 check([by_label[label] for label in labels], row[None])
 
 
+@torch.inference_mode()
+def test_a_masked_language_model_gives_hidden_states_and_no_pooled_vectors(tmp_path: Path) -> None:
+    # Such checkpoints lack the pooler that the class of encoders has.
+    config = BertConfig(**ENCODER, architectures=["BertForMaskedLM"])
+    checkpoint, out = make_checkpoint(tmp_path / "bert", config), tmp_path / "out"
+    export_model(str(checkpoint), out)
+    model = BertModel.from_pretrained(checkpoint).eval()
+    with run_cloud(out) as cloud, Encoder.open(out / "device", cloud.url) as encoder:
+        ids = torch.tensor([encoder.bundle.tokenizer.encode(TEXTS[0])])
+        check(encoder.hidden(TEXTS[:1])[0], model(ids).last_hidden_state[0])
+        with pytest.raises(
+            UsageError, match=r"pooled: seen a model without, wanted one of what it gives: \['hidden'\]"
+        ):
+            encoder.pooled(TEXTS)
+
+
 def photographs(folder: Path) -> list[Path]:
     """Three images of other sizes and shapes, in a format that loses nothing."""
     folder.mkdir()
@@ -160,11 +178,16 @@ def test_text_and_images_interleave_as_in_the_stock_model(
 
         ids = torch.tensor([sequence([image.token_id] * 2)])
         greedy = model.generate(
-            ids, pixel_values=pixels, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),  # the placeholder is the padding's token too
+            pixel_values=pixels,
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
         )
-        expected = model(greedy, pixel_values=pixels).logits[0]
+        expected = model(ids, pixel_values=pixels).logits[0]
         seen = sequence(numbers)
-        check(full_rows(assistant, seen, 4), expected[len(seen) - 4 : len(seen)])
+        check(full_rows(assistant, seen, 4), expected[-4:])
         answer = greedy[0, ids.shape[1] :].tolist()
         for token in answer:
             [row] = assistant._connection.rows(seen, top_k=16)

@@ -72,6 +72,40 @@ def carry_out(attack: Attack, scene: Scene) -> Finding:
     )
 
 
+# --- why an attack does not apply: about the model first, then about who attacks ---
+
+Condition = Callable[[Scene], str | None]
+
+
+def needs(*conditions: Condition) -> Condition:
+    """The first reason of several."""
+    return lambda scene: next((reason for condition in conditions if (reason := condition(scene))), None)
+
+
+def needs_text(scene: Scene) -> str | None:
+    """For attacks on tokens."""
+    return None if scene.family.text is not None else "the model takes no text"
+
+
+def needs_image(scene: Scene) -> str | None:
+    """For attacks on images."""
+    return None if scene.images is not None else "the model takes no images"
+
+
+def needs_next_tokens(scene: Scene) -> str | None:
+    """For attacks on a decoder that continues its prompt."""
+    if scene.family.kind in ("decoder", "vision-decoder"):
+        return None
+    return f"a model of kind {scene.family.kind} does not continue what it is sent"
+
+
+def needs_no_positions(scene: Scene) -> str | None:
+    """For attacks to which a token is the same vector wherever it stands."""
+    if scene.tokens.positions is None:
+        return None
+    return "devices add positions to what travels, which this attack does not undo"
+
+
 def needs_base(scene: Scene) -> str | None:
     """For attacks by who has the public weights."""
     return None if scene.base is not None else "no public model was given: --model"

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from export.audit.attack import Attack, Outcome, needs_base
+from export.audit.attack import Attack, Outcome, needs, needs_base, needs_text
 from export.audit.look_up import TOKENS, norms, sorted_entries
 from export.audit.matching import nearest, nearest_number, procrustes, turn
 from export.audit.scene import Scene, Weights, unprotected
-from export.spaces import After, Dropped, spaces_of
+from export.spaces import After, Axis, Gated, spaces_of
 from shared.wire import Array
 
 STRENGTHS = (0.0, 0.1, 0.3, 0.5)  # of a perturbation, as a share of each tensor's own spread
@@ -31,26 +31,57 @@ class Pair:
     hidden: Array
 
 
-def reading_rows(scene: Scene, space: str) -> list[Pair]:
-    """The tensors [features of `space`, hidden], layer by layer, as functions of the normalised residual stream.
+INNER = ("gate", "ffn")  # features of feed-forward blocks as the activation takes them: reordered, never scaled
+UP = ("up",)  # what a gate is multiplied with: reordered, and perhaps scaled
+
+
+def reading_rows(scene: Scene, features: tuple[str, ...] = INNER, stream: str | None = None) -> list[Pair]:
+    """The weights [features, hidden] that read a stream, layer by layer, as functions of the normalised stream: by
+    default that of prompts.
 
     A scheme may fold a norm's gain into what reads it or leave it in the norm: with the gain folded on both sides the
-    comparison is the same. The cloud holds its own gains, so it can.
+    comparison is the same. The cloud holds its own gains, so it can. Experts change places: a layer's are one matrix.
     """
+    stream = stream or scene.text_stream
     pairs = []
-    assert scene.base is not None
     for name in scene.target.weights.shapes:
         axes = scene.family.axes(name)
-        if isinstance(axes, Dropped) or len(axes) != 2 or name not in scene.base.shapes:
-            continue
-        rows, reads = axes
-        if isinstance(reads, After) and "".join(spaces_of(rows)).split("[")[0] == space:
-            pairs.append(Pair(name, _folded(scene.base, name, reads), _folded(scene.target.weights, name, reads)))
+        if isinstance(axes, tuple) and _reads(axes, features, stream, scene.may_turn):
+            public, hidden = (_rows(weights, name, axes, features) for weights in (scene.public, scene.target.weights))
+            pairs.append(Pair(name, public, hidden))
     return pairs
 
 
-def _folded(weights: Weights, name: str, axis: After) -> Array:
-    return (weights.read(name) * weights.read(axis.gain)).numpy()
+def _reads(axes: tuple[Axis, ...], features: tuple[str, ...], stream: str, may_turn: set[str]) -> bool:
+    """Whether a tensor reads the stream into such features. Where norms come first, what reads does so through one."""
+    if len(axes) < 2:
+        return False
+    inner, reads, _ = _turned_round(axes)
+    through = isinstance(reads, After) or stream not in may_turn
+    return through and spaces_of(reads) == (stream,) and any(_kind(space) in features for space in spaces_of(inner))
+
+
+def _turned_round(axes: tuple[Axis, ...]) -> tuple[Axis, Axis, bool]:
+    """The axis of inner features, the one that reads, and whether they stand the other way round, as in Conv1D."""
+    first, second = axes[-2:]
+    return (second, first, True) if isinstance(first, After) else (first, second, False)
+
+
+def _kind(space: str) -> str:
+    return space.split("[")[0].rpartition(".")[2]
+
+
+def _rows(weights: Weights, name: str, axes: tuple[Axis, ...], features: tuple[str, ...]) -> Array:
+    """The rows [features, hidden] of a tensor, of all experts where it is a stack."""
+    inner, reads, columns = _turned_round(axes)
+    tensor = weights.read(name)
+    tensor = tensor.mT if columns else tensor
+    if isinstance(reads, After):
+        tensor = tensor * (weights.read(reads.gain) + reads.offset)
+    kinds = [_kind(space) for space in spaces_of(inner)]
+    [part] = [block for kind, block in zip(kinds, tensor.tensor_split(len(kinds), -2), strict=True) if kind in features]
+    rows: Array = part.reshape(-1, part.shape[-1]).numpy()
+    return rows
 
 
 # --- alignments: from pairs of tensors to the map from the public basis to the cloud's ---
@@ -150,12 +181,14 @@ Align = Callable[[list[Pair]], Array]
 def _tokens(scene: Scene, basis: Array) -> float:
     """Share of real text that the basis reads."""
     ids = scene.text.secret[:TOKENS]
-    return float((nearest(turn(scene.sent(ids), basis), scene.table) == ids).mean())
+    plain = turn(scene.sent(ids), basis)
+    found = scene.tokens.look_up(scene.tokens.places(ids.size), lambda here, rows: nearest(plain[here], rows))
+    return float((found == ids).mean())
 
 
 def _read_with(align: str) -> Callable[[Scene], Outcome]:
     def run(scene: Scene) -> Outcome:
-        pairs = reading_rows(scene, "gate")
+        pairs = reading_rows(scene)
         basis = ALIGNMENTS[align](pairs)
         return Outcome(_tokens(scene, basis), {"misfit": misfit(pairs, basis)})
 
@@ -171,7 +204,7 @@ ALIGNMENTS: dict[str, Align] = {
 
 def _arrows(scene: Scene) -> Outcome:
     """Rebuilds the scaled and reordered rows of the feed-forward blocks in the public basis."""
-    gates, ups = reading_rows(scene, "gate"), reading_rows(scene, "up")
+    gates, ups = reading_rows(scene), reading_rows(scene, UP)
     basis = by_norms(gates)
     right = rebuilt = rows = 0
     for gate, up in zip(gates, ups, strict=True):
@@ -194,7 +227,7 @@ def spectrum(rows: Array) -> Array:
 
 def _fingerprint(scene: Scene) -> Outcome:
     """Which layer of which public model is this? Told by singular values, with no map found at all."""
-    pairs = reading_rows(scene, "gate")
+    pairs = reading_rows(scene)
     hidden, public = ([spectrum(getattr(pair, side)) for pair in pairs] for side in ("hidden", "public"))
     found = nearest(np.stack(hidden), np.stack(public))
     return Outcome(float((found == np.arange(len(pairs))).mean()), {"layers": len(pairs)})
@@ -203,19 +236,18 @@ def _fingerprint(scene: Scene) -> Outcome:
 def fine_tuned(scene: Scene, strength: float) -> Scene:
     """The attacker has a base that the victim was fine-tuned from: every matrix is off by noise of `strength`, as a
     share of its own spread. (Which of the two was perturbed makes no difference to an attack.)"""
-    base = scene.base
-    assert base is not None
+    base, embedding = scene.public, scene.embedding
 
     def read(name: str) -> torch.Tensor:
         values = base.read(name)
         if values.ndim < 2 or not strength:
             return values
-        tied = name == scene.family.classifier and base.config.tie_word_embeddings
-        seed = zlib.crc32((scene.family.embedding if tied else name).encode())
-        generator = torch.Generator().manual_seed(seed)
+        tied = scene.tied and name == scene.family.classifier
+        generator = torch.Generator().manual_seed(zlib.crc32((embedding if tied else name).encode()))
         return values + strength * values.std() * torch.randn(values.shape, generator=generator)
 
-    return replace(scene, base=replace(base, read=read), table=read(scene.family.embedding).numpy())
+    table = read(embedding).numpy() * np.float32(scene.tokens.scale)
+    return replace(scene, base=replace(base, read=read), tokens=replace(scene.tokens, table=table))
 
 
 def _fine_tuned(scene: Scene, strengths: tuple[float, ...]) -> Outcome:
@@ -224,7 +256,7 @@ def _fine_tuned(scene: Scene, strengths: tuple[float, ...]) -> Outcome:
     best = []
     for strength in strengths:
         near = fine_tuned(scene, strength)
-        pairs = reading_rows(near, "gate")
+        pairs = reading_rows(near)
         fits = []
         for name, align in ALIGNMENTS.items():
             basis = align(pairs)
@@ -233,6 +265,11 @@ def _fine_tuned(scene: Scene, strengths: tuple[float, ...]) -> Outcome:
         best.append(min(fits)[1])
     figures = {"strengths": list(strengths), "recovered": best, "curves": curves}
     return Outcome(best[strengths.index(FAR)], figures)
+
+
+def _needs_gates(scene: Scene) -> str | None:
+    gated = any(isinstance(one, Gated) for one in scene.family.spaces(scene.target.weights.config))
+    return None if gated else "its feed-forward blocks have no gates, so that nothing of them is scaled: see base-norms"
 
 
 _TOKENS_READ = f"{TOKENS} tokens of real text"
@@ -244,7 +281,7 @@ ATTACKS = (
         after=_TOKENS_READ,
         source="STIP §5.3 calls columns matched by known values; here nothing but the weights is known",
         run=_read_with("sorted entries"),
-        applies=needs_base,
+        applies=needs(needs_text, needs_base),
     ),
     Attack(
         name="base-norms",
@@ -253,7 +290,7 @@ ATTACKS = (
         after=_TOKENS_READ,
         source="orthogonal Procrustes (Schönemann 1966), refined like iterative closest points",
         run=_read_with("norms"),
-        applies=needs_base,
+        applies=needs(needs_text, needs_base),
     ),
     Attack(
         name="base-moments",
@@ -262,7 +299,7 @@ ATTACKS = (
         after=_TOKENS_READ,
         source="spectral alignment with sign synchronisation",
         run=_read_with("moments"),
-        applies=needs_base,
+        applies=needs(needs_text, needs_base),
     ),
     Attack(
         name="base-arrows",
@@ -271,7 +308,7 @@ ATTACKS = (
         after="rows of all feed-forward up projections, rebuilt within 2 %",
         source="Game of Arrows (USENIX Security 2025)",
         run=_arrows,
-        applies=needs_base,
+        applies=needs(_needs_gates, needs_base),
     ),
     Attack(
         name="base-singular-values",
@@ -290,6 +327,6 @@ ATTACKS = (
         source="the three alignments above on perturbed bases",
         run=lambda scene: _fine_tuned(scene, STRENGTHS),
         control=lambda scene: _fine_tuned(scene.with_target(unprotected(scene)), (FAR,)),
-        applies=needs_base,
+        applies=needs(needs_text, needs_base),
     ),
 )

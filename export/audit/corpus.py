@@ -27,6 +27,9 @@ class Text:
     decode: Callable[[Index], str] = lambda ids: ""  # text of ids
 
 
+NO_TEXT = Text(np.zeros(0, np.int64), np.zeros(0, np.int64), ())  # of models that take none
+
+
 def read_text(tokenizer: Path) -> Text:
     """The corpus as ids of the tokenizer.json at `tokenizer`. Every other topic is the victim's."""
     reference = Tokenizer.from_file(str(tokenizer))

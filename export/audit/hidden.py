@@ -7,13 +7,14 @@ are compared by sorted entries; here by inner products, which rotations leave al
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from export.audit.attack import Attack, Outcome, needs_base
+from export.audit.attack import Attack, Outcome, needs, needs_base, needs_text
 from export.audit.scene import Scene, Weights
 from shared.key import Index
 
@@ -26,11 +27,13 @@ GOOD_ENOUGH = 0.005  # a misfit that ends the search: bfloat16 leaves 0.001, ano
 
 def shallow(weights: Weights, layers: int) -> Any:
     """The stock model's first layers, or all where it has fewer."""
-    layers = min(layers, weights.config.num_hidden_layers)
     config = copy.deepcopy(weights.config)
-    config.num_hidden_layers = layers
-    beyond = tuple(f".layers.{layer}." for layer in range(layers, weights.config.num_hidden_layers))
-    kept = {name: shape for name, shape in weights.shapes.items() if not any(part in name for part in beyond)}
+    text = config.get_text_config()
+    there = text.num_hidden_layers
+    layers = min(layers, there)
+    text.num_hidden_layers = layers
+    beyond = re.compile(rf"\.(layers|h)\.({'|'.join(map(str, range(layers, there)))})\.")
+    kept = {name: shape for name, shape in weights.shapes.items() if layers == there or not beyond.search(name)}
     return replace(weights, config=config, shapes=kept).model()
 
 
@@ -40,7 +43,7 @@ class States:
     def __init__(self, model: Any) -> None:
         self._body = model.get_decoder()
         self._seen: list[torch.Tensor] = []
-        for layer in self._body.layers:
+        for layer in self._body.h if hasattr(self._body, "h") else self._body.layers:  # GPT-2 calls them h
             layer.register_forward_hook(
                 lambda module, inputs, output: self._seen.append(output[0] if isinstance(output, tuple) else output)
             )
@@ -73,12 +76,11 @@ class Reader:
     """Reads a prompt from the states that the cloud saw of it."""
 
     def __init__(self, scene: Scene) -> None:
-        assert scene.base is not None
-        self._table = torch.from_numpy(scene.table)
+        self._tokens = scene.tokens
         counts = np.bincount(scene.text.public, minlength=len(scene.table))
         self._common_first = torch.from_numpy(np.argsort(-counts, kind="stable"))
-        self._states = States(shallow(scene.base, LAYERS))
-        self._language = scene.base.model()
+        self._states = States(shallow(scene.public, LAYERS))
+        self._language = scene.public.model()
         self.tried = 0
 
     def read(self, seen: torch.Tensor) -> Index:
@@ -89,10 +91,11 @@ class Reader:
         for position in range(len(seen)):
             known = torch.cat(earlier) if earlier else torch.empty(0, seen.shape[-1])
             before = seen[:position].flatten(0, 1)
-            token, states = self._best(self._expected(found), cache, seen[position], known, before)
+            rows = torch.from_numpy(self._tokens.rows_at(position))  # that may stand here
+            token, states = self._best(self._expected(found), rows, cache, seen[position], known, before)
             found.append(token)
             earlier.append(states)
-            _, cache = self._states(self._table[[token]][None], cache)
+            _, cache = self._states(rows[[token]][None], cache)
         return np.array(found)
 
     @torch.inference_mode()
@@ -100,18 +103,21 @@ class Reader:
         """All tokens, those first that the language model expects next."""
         if not found:
             return self._common_first
-        logits = self._language(inputs_embeds=self._table[found][None], logits_to_keep=1).logits[0, -1]
+        before = torch.from_numpy(self._tokens.embed(np.array([found])))
+        logits = self._language(inputs_embeds=before, logits_to_keep=1).logits[0, -1]
         order: torch.Tensor = logits.argsort(descending=True)
         return order
 
-    def _best(self, order: torch.Tensor, cache: Any, seen: Any, earlier: Any, before: Any) -> tuple[int, torch.Tensor]:
+    def _best(
+        self, order: torch.Tensor, rows: torch.Tensor, cache: Any, seen: Any, earlier: Any, before: Any
+    ) -> tuple[int, torch.Tensor]:
         best, token, kept = float("inf"), -1, torch.empty(0)
         for batch in torch.split(order, BATCH):
             self.tried += len(batch)
             expanded = None if cache is None else copy.deepcopy(cache)
             if expanded is not None:
                 expanded.batch_repeat_interleave(len(batch))
-            states = self._states(self._table[batch][:, None], expanded)[0][:, 0]
+            states = self._states(rows[batch][:, None], expanded)[0][:, 0]
             fits = misfits(states, seen, earlier, before)
             if float(fits.min()) < best:
                 at = int(fits.argmin())
@@ -135,6 +141,12 @@ def _vocabulary_matching(scene: Scene) -> Outcome:
     )
 
 
+def _needs_one_direction(scene: Scene) -> str | None:
+    if scene.family.kind in ("decoder", "vision-decoder"):
+        return None
+    return "what is sent is attended in both directions, so that no token can be tried before those behind it"
+
+
 ATTACKS = (
     Attack(
         name="hidden-vocabulary",
@@ -143,6 +155,6 @@ ATTACKS = (
         after=f"{PROMPTS * PREFIX} tokens of real text",
         source="arXiv 2505.18332, with inner products in place of sorted entries",
         run=_vocabulary_matching,
-        applies=needs_base,
+        applies=needs(needs_text, _needs_one_direction, needs_base),
     ),
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
-from export.audit.attack import Attack, Outcome
+from export.audit.attack import Attack, Outcome, needs_text
+from export.audit.inputs import Tokens
 from export.audit.matching import nearest, nearest_number
 from export.audit.scene import Scene
 from shared.key import Index
@@ -28,23 +31,33 @@ def norms(vectors: Array) -> Array:
     return lengths
 
 
-def _sorted_look_up(scene: Scene) -> Outcome:
-    ids, sent, table = _traffic(scene)
-    found = nearest(sorted_entries(sent), sorted_entries(table))
-    return Outcome(float((found == ids).mean()), _what_follows(scene, sent, found))
+def _look_up(match: Callable[[Array, Array, torch.dtype], Index]) -> Callable[[Scene], Outcome]:
+    """An attack that names vectors [n, hidden] by rows [vocab, hidden], both in the values that travel."""
+
+    def run(scene: Scene) -> Outcome:
+        ids, dtype = scene.text.secret[:TOKENS], scene.target.dtype
+        sent = scene.sent(ids)
+
+        def at_one_place(here: Index, rows: Array) -> Index:
+            return match(sent[here], torch.from_numpy(rows).to(dtype).float().numpy(), dtype)
+
+        found = scene.tokens.look_up(scene.tokens.places(ids.size), at_one_place)
+        return Outcome(float((found == ids).mean()), _what_follows(scene, sent, found))
+
+    return run
 
 
-def _norm_look_up(scene: Scene) -> Outcome:
-    ids, sent, table = _traffic(scene)
-    found = nearest_number(norms(sent)[:, 0], norms(table)[:, 0])
-    return Outcome(float((found == ids).mean()), _what_follows(scene, sent, found))
+def _by_sorted_entries(sent: Array, rows: Array, dtype: torch.dtype) -> Index:
+    return nearest(sorted_entries(sent), sorted_entries(rows))
 
 
-def _gram_look_up(scene: Scene) -> Outcome:
-    ids, sent, table = _traffic(scene)
+def _by_norm(sent: Array, rows: Array, dtype: torch.dtype) -> Index:
+    return nearest_number(norms(sent)[:, 0], norms(rows)[:, 0])
+
+
+def _by_inner_products(sent: Array, rows: Array, dtype: torch.dtype) -> Index:
     vectors, where = np.unique(sent, axis=0, return_inverse=True)
-    found = match_inner_products(vectors, table, _rounding(scene.target.dtype))[where.reshape(-1)]
-    return Outcome(float((found == ids).mean()), _what_follows(scene, sent, found))
+    return match_inner_products(vectors, rows, _rounding(dtype))[where.reshape(-1)]
 
 
 def match_inner_products(vectors: Array, table: Array, rounding: float) -> Index:
@@ -112,19 +125,23 @@ def _what_follows(scene: Scene, sent: Array, found: Index) -> dict[str, float]:
     """What the recovered tokens give away of the text after them."""
     right = found >= 0
     later = scene.text.secret[TOKENS : TOKENS + LATER]
-    seen = decode_by_known(scene.sent(later), sent[right], scene.table[found[right]], scene.table)
+    plain = scene.tokens.embed(np.where(right, found, 0))[right]
+    seen = decode_by_known(scene.sent(later), sent[right], plain, scene.tokens)
     return {"later_tokens": float((seen == later).mean())}
 
 
-def decode_by_known(vectors: Array, hidden: Array, plain: Array, table: Array) -> Index:
-    """Rows of `table` that `vectors` are, from pairs `hidden` ↔ `plain` [n, width]: least squares on what they span.
+def decode_by_known(vectors: Array, hidden: Array, plain: Array, tokens: Tokens) -> Index:
+    """Ids of a text's `vectors` [tokens, width], from pairs `hidden` ↔ `plain` [n, width]: least squares on what they
+    span.
 
     With pairs that span all of the space this is the basis itself; with fewer it is the part of it that they show.
     """
     if not len(hidden):
         return np.full(len(vectors), -1)
-    solution = solve(hidden, plain)
-    return nearest(vectors @ solution, _within(plain, table))
+    turned = vectors @ solve(hidden, plain)
+    directions = _spanned(plain)
+    spanned = tokens.mapped(lambda rows: rows @ directions.T @ directions)
+    return spanned.look_up(tokens.places(len(vectors)), lambda here, rows: nearest(turned[here], rows))
 
 
 def solve(hidden: Array, plain: Array) -> Array:
@@ -133,12 +150,11 @@ def solve(hidden: Array, plain: Array) -> Array:
     return solution
 
 
-def _within(plain: Array, table: Array) -> Array:
-    """Rows of `table`, projected to the span of `plain`."""
+def _spanned(plain: Array) -> Array:
+    """An orthonormal basis [rank, width] of what rows span."""
     _, size, directions = np.linalg.svd(plain, full_matrices=False)
-    kept = directions[size > 1e-4 * size[0]]
-    projected: Array = table @ kept.T @ kept
-    return projected
+    kept: Array = directions[size > 1e-4 * size[0]]
+    return kept
 
 
 def match_columns(hidden: Array, plain: Array) -> Index:
@@ -154,21 +170,20 @@ def _known_prompt(scene: Scene) -> Outcome:
     recovered, order = [], []
     for count in counts:
         known = secret[:count]
-        hidden, plain = scene.sent(known), scene.table[known]
-        recovered.append(float((decode_by_known(sent, hidden, plain, scene.table) == later).mean()))
-        order.append(float((nearest(sent, scene.table[:, match_columns(hidden, plain)]) == later).mean()))
-    best = recovered if scene.target.scheme == "rotation" else order  # the cloud's stip.json names the scheme
+        hidden, plain = scene.sent(known), scene.tokens.embed(known)
+        recovered.append(float((decode_by_known(sent, hidden, plain, scene.tokens) == later).mean()))
+        order.append(float((_decode_by_order(sent, match_columns(hidden, plain), scene.tokens) == later).mean()))
+    best = recovered if scene.turned else order
     return Outcome(
         best[counts.index(KNOWN_PROMPT)],
         {"tokens": counts, "recovered": best, "least_squares": recovered, "column_matching": order},
     )
 
 
-def _traffic(scene: Scene) -> tuple[Index, Array, Array]:
-    """True ids, the vectors that travelled for them, and the table in the values that travel."""
-    ids = scene.text.secret[:TOKENS]
-    table = torch.from_numpy(scene.table).to(scene.target.dtype).float().numpy()
-    return ids, scene.sent(ids), table
+def _decode_by_order(vectors: Array, order: Index, tokens: Tokens) -> Index:
+    """Ids of a text's `vectors`, whose features stand in this order."""
+    ordered = tokens.mapped(lambda rows: rows[:, order])
+    return ordered.look_up(tokens.places(len(vectors)), lambda here, rows: nearest(vectors[here], rows))
 
 
 def _rounding(dtype: torch.dtype) -> float:
@@ -184,7 +199,8 @@ ATTACKS = (
         knows=_TABLE,
         after=_READ,
         source="found while building STIP",
-        run=_sorted_look_up,
+        run=_look_up(_by_sorted_entries),
+        applies=needs_text,
     ),
     Attack(
         name="table-norms",
@@ -192,7 +208,8 @@ ATTACKS = (
         knows=_TABLE,
         after=_READ,
         source="norms survive rotations",
-        run=_norm_look_up,
+        run=_look_up(_by_norm),
+        applies=needs_text,
     ),
     Attack(
         name="table-gram",
@@ -200,7 +217,8 @@ ATTACKS = (
         knows=_TABLE,
         after=_READ,
         source="Gram matrices survive rotations",
-        run=_gram_look_up,
+        run=_look_up(_by_inner_products),
+        applies=needs_text,
     ),
     Attack(
         name="known-prompt",
@@ -209,5 +227,6 @@ ATTACKS = (
         after=f"the {LATER} tokens after {TOKENS} others",
         source="STIP §5.3 (known plaintext); least squares",
         run=_known_prompt,
+        applies=needs_text,
     ),
 )

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from scipy.spatial.distance import cdist
 
 from export.audit.scene import Scene, Weights
-from export.families import normalized
+from export.spaces import OnDevice
 
 Values = npt.NDArray[np.floating[Any]]
 Draws = np.random.Generator
@@ -49,7 +49,7 @@ def measure(scene: Scene, widths: tuple[int, ...] = WIDTHS) -> dict[str, Any]:
     return {
         **by_width(widths, draws),
         "published": PUBLISHED,
-        "traffic": _traffic(scene),
+        "traffic": _traffic(scene) if scene.text.secret.size else {"skipped": "the model takes no text"},
         "parameters": [] if scene.base is None else list(_parameters(scene, scene.base, draws)),
     }
 
@@ -289,7 +289,7 @@ def _traffic(scene: Scene) -> dict[str, Any]:
     """Embeddings of the first different tokens of the victim's text against what travels for them."""
     _, first = np.unique(scene.text.secret, return_index=True)
     ids = scene.text.secret[np.sort(first)][:TOKENS]
-    plain, sent = scene.table[ids], scene.sent(ids)
+    plain, sent = scene.tokens.embed(ids), scene.sent(ids)
     return {
         "tokens": len(ids),
         "width": plain.shape[1],
@@ -313,9 +313,11 @@ def _parameters(scene: Scene, base: Weights, draws: Draws) -> Iterator[dict[str,
 
 def _sample(scene: Scene, base: Weights) -> list[str]:
     """Parameters of the middle layer and those outside layers, that both sides have in the same shape."""
-    middle = normalized(scene.target.weights.config).num_layers // 2
+    middle = scene.target.weights.config.get_text_config().num_hidden_layers // 2
 
     def wanted(name: str, shape: tuple[int, ...]) -> bool:
+        if isinstance(scene.family.axes(name), OnDevice):  # zeros on both sides
+            return False
         layer = re.search(r"\.(\d+)\.", name)
         small = int(np.prod(shape)) <= MOST_VALUES
         return small and base.shapes.get(name) == shape and (layer is None or int(layer[1]) == middle)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
-from export.audit.attack import Attack, Outcome, needs_base
+from export.audit.attack import Attack, Outcome, needs, needs_base, needs_next_tokens
 from export.audit.base import by_norms, reading_rows
+from export.audit.inputs import Tokens
 from export.audit.matching import nearest, turn
+from export.audit.predictions import forward, perplexity
 from export.audit.scene import Scene, unprotected
+from shared.key import Index
+from shared.wire import Array
 
 SIGMAS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)  # of the noise, in spreads of the embedding table
 TOKENS = 512
@@ -23,28 +26,26 @@ def decode(vectors: Any, table: Any) -> Any:
 
 
 def _noise(scene: Scene, sigmas: tuple[float, ...]) -> Outcome:
-    assert scene.base is not None
-    ids = scene.text.secret[:TOKENS]
-    basis = by_norms(reading_rows(scene, "gate"))
-    plain = turn(scene.sent(ids), basis)
-    model = scene.base.model()
+    longest = TOKENS if scene.tokens.positions is None else min(TOKENS, len(scene.tokens.positions))
+    prompt = scene.text.secret[None, :longest]
+    ids, places = prompt[0], scene.tokens.places(*prompt.shape)[0]
+    basis = by_norms(reading_rows(scene))
+    plain = turn(scene.sent(prompt)[0], basis)
+    model = scene.public.model()
     spread = float(scene.table.std())
     noise = np.random.default_rng(0).normal(size=plain.shape).astype(np.float32)
     recovered, perplexities = [], []
     for sigma in sigmas:
         noisy = plain + sigma * spread * noise
-        recovered.append(float((decode(noisy, scene.table) == ids).mean()))
-        perplexities.append(perplexity(model, torch.from_numpy(noisy), torch.from_numpy(ids)))
+        recovered.append(float((_decoded(noisy, scene.tokens, places) == ids).mean()))
+        perplexities.append(perplexity(forward(model, noisy[None]), prompt))
     affordable = [at for at, value in enumerate(perplexities) if value <= PRICE * perplexities[0]][-1]
     figures = {"sigma": list(sigmas), "recovered": recovered, "perplexity": perplexities, "at": sigmas[affordable]}
     return Outcome(recovered[affordable], figures)
 
 
-@torch.inference_mode()
-def perplexity(model: Any, embeddings: torch.Tensor, ids: torch.Tensor) -> float:
-    """Of text [tokens] given its embeddings [tokens, hidden]."""
-    logits = model(inputs_embeds=embeddings[None, :-1]).logits[0]
-    return float(torch.nn.functional.cross_entropy(logits, ids[1:]).exp())
+def _decoded(noisy: Array, tokens: Tokens, places: Index) -> Index:
+    return tokens.look_up(places, lambda here, rows: decode(noisy[here], rows))
 
 
 ATTACKS = (
@@ -56,6 +57,6 @@ ATTACKS = (
         source="nearest neighbour, the likeliest token under such noise",
         run=lambda scene: _noise(scene, SIGMAS),
         control=lambda scene: _noise(scene.with_target(unprotected(scene)), SIGMAS[:2]),
-        applies=needs_base,
+        applies=needs(needs_next_tokens, needs_base),
     ),
 )

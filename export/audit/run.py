@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from export.audit import base, hidden, look_up, noise, theft, traffic
+from export.audit import base, fine_tuning, hidden, images, lengths, look_up, noise, theft, traffic
 from export.audit.attack import Attack, Finding, carry_out
 from export.audit.measures import measure
 from export.audit.page import page
@@ -20,11 +20,14 @@ from shared.manifest import DeviceManifest, read_manifest
 # From who knows least to who knows most.
 ATTACKS: tuple[Attack, ...] = (
     *traffic.ATTACKS,
+    *lengths.ATTACKS,
     *look_up.ATTACKS,
     *base.ATTACKS,
     *hidden.ATTACKS,
     *noise.ATTACKS,
     *theft.ATTACKS,
+    *fine_tuning.ATTACKS,
+    *images.ATTACKS,
 )
 
 

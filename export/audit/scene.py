@@ -5,28 +5,38 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from export.audit.corpus import Text, read_text
+from export.audit.corpus import NO_TEXT, Text, read_text
+from export.audit.inputs import (
+    NO_TOKENS,
+    Images,
+    Tokens,
+    device_images,
+    device_tokens,
+    public_first_row,
+    public_tokens,
+)
+from export.bundle import DTYPES
+from export.check import stored_name
+from export.cloud_half import plan_cloud
 from export.families import Family, family_of
 from export.permutation import Permutation
 from export.scheme import Read, fold
 from export.shards import Shards
 from export.source import Source, open_source
-from export.spaces import Axis, Dropped, Gain, Structure
+from export.spaces import Axis, Stream, Structure
 from export.stock import empty_model
 from shared.errors import AuditError
 from shared.key import Index, UserKey
 from shared.manifest import CloudManifest, DeviceManifest, read_manifest
 from shared.wire import Array
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,19 +57,19 @@ class Weights:
 @dataclass(frozen=True, eq=False)
 class Target:
     """A victim. An attack may use `weights`, `scheme` and `head`, which the cloud holds, and what `vectors` gives,
-    which travels; `key` and `table` are the truth and score it."""
+    which travels; `key` and `tokens` are the truth and score it."""
 
     scheme: str
     head: Literal["cloud", "device"]
     weights: Weights
     dtype: torch.dtype  # of what is stored and what travels
     key: UserKey
-    table: Array  # the victim's own embedding table [vocab, hidden], float32
+    tokens: Tokens  # the victim's own
 
-    def vectors(self, embeddings: Array) -> Array:
-        """What goes up for plain embeddings [n, hidden], in the values of the stored dtype, as float32."""
-        hidden = torch.from_numpy(np.ascontiguousarray(self.key.hide(embeddings)))
-        rounded: Array = hidden.to(self.dtype).float().numpy()
+    def vectors(self, embeddings: Array, stream: str = "residual") -> Array:
+        """What goes up for plain rows [..., width] of a stream, in the values of the stored dtype, as float32."""
+        hide = self.key.hide_encoder if stream == "encoder" else self.key.hide
+        rounded: Array = torch.from_numpy(np.ascontiguousarray(hide(embeddings))).to(self.dtype).float().numpy()
         return rounded
 
 
@@ -69,17 +79,79 @@ class Scene:
 
     target: Target
     family: Family
-    table: Array  # the public embedding table [vocab, hidden], float32
-    base: Weights | None  # all of the public base model, where the attacker has it
+    tokens: Tokens  # public; of no rows where the model takes no text
+    base: Weights | None  # all of the public base model, where the attacker has it, as a cloud would run it
     text: Text
+    tied: bool = False  # whether the base model's classifier is its token table
+    images: Images | None = None
 
     def with_target(self, target: Target) -> Scene:
         """The same attacker before another victim."""
         return replace(self, target=target)
 
+    @property
+    def table(self) -> Array:
+        """The public token table [vocab, hidden], float32."""
+        return self.tokens.table
+
+    @property
+    def public(self) -> Weights:
+        """The base model. Raises AuditError where the attacker has none."""
+        if self.base is None:
+            raise AuditError("no public model was given", hint="--model MODEL")
+        return self.base
+
+    @property
+    def embedding(self) -> str:
+        """Name of the token table. Raises AuditError for a model that takes no text."""
+        if self.family.embedding is None:
+            raise AuditError(f"a model of kind {self.family.kind} has no token table")
+        return self.family.embedding
+
+    @property
+    def classifier(self) -> str:
+        """Name of the matrix that gives logits over tokens. Raises AuditError for a model without."""
+        if self.family.classifier is None:
+            raise AuditError(f"a model of kind {self.family.kind} has no classifier over tokens")
+        return self.family.classifier
+
+    @property
+    def classifier_row(self) -> Index:
+        """The row [vocab] of the cloud's classifier that is each token's, which is secret. Raises AuditError where the
+        cloud has no classifier."""
+        if self.target.key.vocab is None:
+            raise AuditError("the cloud has no classifier")
+        return np.argsort(self.target.key.vocab)
+
+    @property
+    def text_stream(self) -> str:
+        """The stream that a prompt enters: of a translator, its encoder's."""
+        return "encoder" if self.family.kind == "encoder-decoder" else "residual"
+
+    @property
+    def image_stream(self) -> str:
+        """The stream that an image enters."""
+        return "encoder" if self.family.kind == "vision-decoder" else "residual"
+
+    @property
+    def turned(self) -> bool:
+        """Whether the stream of prompts is in another basis, rather than another order: scheme and architecture, which
+        the cloud knows, tell."""
+        return self.target.scheme == "rotation" and self.text_stream in self.may_turn
+
+    @cached_property
+    def may_turn(self) -> set[str]:
+        """The streams that a rotation turns in this architecture."""
+        return may_turn(self.family.spaces(self.target.weights.config))
+
     def sent(self, ids: Index) -> Array:
-        """The vectors that travel for token ids."""
-        return self.target.vectors(self.target.table[ids])
+        """The vectors that travel for token ids: see `Tokens`."""
+        return self.target.vectors(self.target.tokens.embed(ids), self.text_stream)
+
+
+def may_turn(structures: Iterable[Structure]) -> set[str]:
+    """The streams that a rotation may turn, folding the gains of their norms."""
+    return {one.name for one in structures if isinstance(one, Stream) and one.norm != "post"}
 
 
 class Backwards(Permutation):
@@ -89,13 +161,12 @@ class Backwards(Permutation):
     """
 
     def __init__(self, structures: Iterable[Structure], *, folds: bool = False) -> None:
+        structures = list(structures)
         super().__init__(structures)
-        self._folds = folds
+        self._folding = may_turn(structures) if folds else set()
 
     def act(self, name: str, tensor: torch.Tensor, axes: tuple[Axis, ...], read: Read) -> torch.Tensor:
-        if self._folds and any(isinstance(axis, Gain) for axis in axes):
-            return torch.ones_like(tensor)
-        return super().act(name, fold(tensor, axes, read, lambda space: True) if self._folds else tensor, axes, read)
+        return super().act(name, fold(tensor, axes, read, self._folding.__contains__), axes, read)
 
     def _order(self, size: int, *, moves: bool = False) -> Index:
         return np.arange(size)[::-1].copy()
@@ -110,47 +181,62 @@ def open_scene(out: Path, model: str | None) -> Scene:
     if cloud.key_id != device.key_id:
         raise AuditError(f"{out}: its two halves are of different exports", hint="give the folder of one export")
     config = AutoConfig.from_pretrained(out / "cloud")
+    family = family_of(config)
     shards = Shards(out / "cloud")
+    tokens, text = NO_TOKENS, NO_TEXT
+    if family.text is not None:
+        tokens, text = device_tokens(out / "device"), read_text(out / "device" / "tokenizer.json")
     target = Target(
         scheme=cloud.scheme,
         head=device.head,
         weights=Weights(config, shards.shapes, lambda name: shards.read(name).float()),
         dtype=DTYPES[device.dtype],
         key=UserKey.load(out / "device" / "key.safetensors"),
-        table=_table(out / "device", device.vocab_size),
+        tokens=tokens,
     )
-    family = family_of(config)
-    table = target.table
-    base = None
-    if model is not None:
-        base = public(open_source(model), family)
-        _check_kinship(model, base, dict(target.weights.shapes) | {family.embedding: table.shape})
-        table = base.read(family.embedding).numpy()
-    return Scene(target, family, table, base, read_text(out / "device" / "tokenizer.json"))
+    scene = Scene(target, family, tokens, None, text, images=device_images(out / "device", device))
+    return scene if model is None else _with_base(scene, model)
 
 
-def _check_kinship(model: str, base: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    for name, shape in shapes.items():
+def _with_base(scene: Scene, model: str) -> Scene:
+    source, family = open_source(model), scene.family
+    wanted = dict(scene.target.weights.shapes)
+    if family.embedding is not None:
+        wanted[family.embedding] = scene.table.shape
+    if family_of(source.config) is not family:
+        raise AuditError(
+            f"model {model}: seen the architecture {source.config.model_type!r}, wanted one of the {family.name} table",
+            hint="give the public model that the export is, or is a fine-tune of",
+        )
+    base = public(source, family)
+    for name, shape in wanted.items():
         if base.shapes.get(name) != shape:
             raise AuditError(
                 f"model {model}: {name}: seen {base.shapes.get(name) or 'no such tensor'}, wanted {shape}",
                 hint="give the public model that the export is, or is a fine-tune of",
             )
-
-
-def _table(device: Path, vocab_size: int) -> Array:
-    session = ort.InferenceSession(device / "embedding.onnx", providers=["CPUExecutionProvider"])
-    table: Array = session.run(None, {"ids": np.arange(vocab_size)})[0]
-    return table
+    tied = family.classifier is not None and source.tied.get(family.classifier) == family.embedding
+    first, images = public_first_row(source, family), scene.images
+    if first is not None and images is not None:
+        images = replace(images, first=first)
+    return replace(scene, base=base, tokens=public_tokens(source, family), tied=tied, images=images)
 
 
 def public(source: Source, family: Family) -> Weights:
-    """All weights of a model as its publisher gives them, a tied classifier under its own name."""
-    stored = {name: name for name in source.shapes if not isinstance(family.axes(name), Dropped)}
-    if source.config.tie_word_embeddings:
-        stored[family.classifier] = family.embedding
-    shapes = {name: source.shapes[origin] for name, origin in stored.items()}
-    return Weights(source.config, shapes, lambda name: source.read(stored[name]).float())
+    """All weights of a model as its publisher gives them, a tied classifier under its own name. What devices add is
+    zero here as it is in the cloud, so that the model takes what devices send, in plain."""
+    plan = plan_cloud(source, family, "cloud")
+    stored = dict(plan.stored)
+    if family.embedding is not None:
+        stored[family.embedding] = stored_name(source, family, family.embedding) or family.embedding
+    config = copy.deepcopy(source.config)
+    for setting, value in (family.settings or {}).items():
+        setattr(config, setting, value)
+
+    def read(name: str) -> torch.Tensor:
+        return torch.zeros(plan.zeros[name]) if name in plan.zeros else source.read(stored[name]).float()
+
+    return Weights(config, {name: source.shapes[origin] for name, origin in stored.items()} | plan.zeros, read)
 
 
 def unprotected(scene: Scene, *, folds: bool | None = None) -> Target:
@@ -161,28 +247,18 @@ def unprotected(scene: Scene, *, folds: bool | None = None) -> Target:
     if folds is None:
         folds = scene.target.scheme == "rotation"
     known = scene.base
-    if known is None:  # the table is all there is
-        known = Weights(
-            scene.target.weights.config,
-            {scene.family.embedding: scene.table.shape},
-            lambda name: torch.from_numpy(scene.table),
-        )
+    if known is None:  # what travels is all there is
+        known = Weights(scene.target.weights.config, {}, scene.target.weights.read)
     scheme = Backwards(scene.family.spaces(known.config), folds=folds)
     read = known.read
 
     def backwards(name: str) -> torch.Tensor:
         axes = scene.family.axes(name)
-        assert not isinstance(axes, Dropped)
-        return scheme.act(name, read(name), axes, read).to(scene.target.dtype).float()
+        moved = scheme.act(name, read(name), axes, read) if isinstance(axes, tuple) else read(name)
+        return moved.to(scene.target.dtype).float()
 
     shapes = {name: shape for name, shape in known.shapes.items() if name != scene.family.embedding}
     config = copy.deepcopy(known.config)
     config.tie_word_embeddings = False
-    return Target(
-        "none",
-        "cloud",
-        Weights(config, shapes, backwards),
-        scene.target.dtype,
-        scheme.user_key("unprotected"),
-        scene.table,
-    )
+    key = scheme.user_key("unprotected")
+    return Target("none", "cloud", Weights(config, shapes, backwards), scene.target.dtype, key, scene.tokens)

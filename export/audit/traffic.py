@@ -1,29 +1,39 @@
-"""What traffic gives away to someone without the model: a substitution cipher, a tied classifier, and lengths.
+"""What traffic gives away to someone without the model: a substitution cipher, and a tied classifier.
 
-No scheme that hides every token in the same secret basis does better at the first; none at all does at the last.
+No scheme that hides every token in the same secret basis does better at the first.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from scipy.optimize import linear_sum_assignment, quadratic_assignment
 from scipy.sparse import coo_array, csr_array, diags_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
-from export.audit.attack import Attack, Outcome, needs_base, needs_cloud_head
+from export.audit.attack import (
+    Attack,
+    Outcome,
+    needs,
+    needs_base,
+    needs_cloud_head,
+    needs_next_tokens,
+    needs_text,
+)
+from export.audit.positions import without_positions
 from export.audit.scene import Scene
 from shared.key import Index
-from shared.wire import Append, Array, Logits, encode
+from shared.wire import Array
 
 Real = npt.NDArray[np.float32]
 
 # --- Equal tokens are equal vectors: a substitution cipher ---
 
+EQUAL = 1e-4  # a difference of two vectors that is no more than rounding, as a share of their lengths
 SENT = (1_000, 3_000, 10_000, 30_000)  # tokens after which the attack is measured, and after all there are
 STARTS = (50, 200)  # tokens that open an attempt: few are surer, more carry further; the better attempt counts
 OFFSETS = (1, 2, 3, 4)  # how far neighbours count
@@ -32,16 +42,36 @@ SETTLING = 3  # rounds after all are in
 FREQUENCY_WEIGHT = 0.3  # of the difference of log-frequencies, beside the similarity of neighbours
 
 
-def labels(vectors: Array) -> Index:
+def sequence_of(scene: Scene) -> Index:
+    """The secret text as the cloud sees it: a number [tokens] for each token, the same for the same token."""
+    return labels(traffic_of(scene), _near(scene))
+
+
+def traffic_of(scene: Scene) -> Array:
+    """The vectors [tokens, hidden] of the secret text, and where positions were added, as if all stood at one place."""
+    sent = scene.sent(scene.text.secret)
+    if scene.tokens.positions is None:
+        return sent
+    return without_positions(sent, scene.tokens.places(len(sent)), _near(scene))
+
+
+def _near(scene: Scene) -> float:
+    """What rounding leaves of the difference of equal tokens: where positions cancel, as much as of entries."""
+    rounding = 0.0 if scene.tokens.positions is None else 2 * float(torch.finfo(scene.target.dtype).eps)
+    return max(EQUAL, rounding)
+
+
+def labels(vectors: Array, near: float = EQUAL) -> Index:
     """A number [n] for every vector [n, hidden], the same for the same token.
 
-    Equal up to rounding, as a product with a matrix rounds by its place in the batch.
+    Equal up to rounding, as a product with a matrix rounds by its place in the batch. near: a difference that is no
+    more than rounding, as a share of lengths.
     """
     looks = np.asarray(vectors, np.float32) @ np.random.default_rng(0).standard_normal(
         (vectors.shape[1], 8), np.float32
     )
     distinct, inverse = np.unique(looks, axis=0, return_inverse=True)
-    near = 1e-4 * float(np.median(np.linalg.norm(distinct, axis=1)))
+    near *= float(np.median(np.linalg.norm(distinct, axis=1)))
     pairs = cKDTree(distinct).query_pairs(near, output_type="ndarray")
     same = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(distinct),) * 2)
     groups = connected_components(same, directed=False)[1].astype(np.int64)
@@ -137,7 +167,7 @@ def _agreement(seen: csr_array, known: csr_array, guess: Index) -> float:
 def read_frequencies(scene: Scene, sizes: tuple[int, ...] = SENT) -> Outcome:
     """Reads the traffic of the secret text, of growing length; the share is that of all of it."""
     secret, public = scene.text.secret, scene.text.public
-    sequence = labels(scene.sent(secret))
+    sequence = sequence_of(scene)
     sent = [*(size for size in sizes if size < secret.size), secret.size]
     recovered, distinct, named = [], [], []
     for size in sent:
@@ -169,6 +199,7 @@ FREQUENCY = Attack(
     source="frequency analysis (al-Kindi) with other chapters of the same manual, which favours the attacker; "
     "quadratic assignment on bigrams, Vogelstein et al., PLOS ONE 2015",
     run=read_frequencies,
+    applies=needs_text,
     # No protection has no bearing on a cipher of labels: the control's statistics are those of the text itself.
     control=lambda scene: read_frequencies(_same_statistics(scene), ()),
 )
@@ -185,7 +216,7 @@ def read_known_text(scene: Scene, *, later: int = KNOWN[-1]) -> Outcome:
     """
     secret = scene.text.secret
     later = min(later, secret.size // 2) if later else 0
-    sequence = labels(scene.sent(secret))
+    sequence = sequence_of(scene)
     recovered = []
     for count in KNOWN:
         names = np.full(int(sequence.max()) + 1, -1)
@@ -202,6 +233,7 @@ KNOWN_TEXT = Attack(
     after="all later tokens, of whichever device",
     source="known plaintext, STIP §5.3; needs neither the permutation nor the table",
     run=read_known_text,
+    applies=needs_text,
     # In a text that is known as a whole nothing may be missing.
     control=lambda scene: read_known_text(scene, later=0),
 )
@@ -226,49 +258,51 @@ def _directions(rows: Array) -> Real:
     return unit
 
 
-def undo_gain(vectors: Array, rows: Array) -> Array:
+def undo_gain(vectors: Array, rows: Array, *, shifted: bool = False) -> Array:
     """Classifier rows [vocab, hidden] in the coordinates of distinct input vectors [n, hidden] of a tied model.
 
     A scheme that folds the last norm's gain g turns rows e into e·diag(g)·Q beside inputs e·Q. Pairs that are each
     other's nearest give Qᵀ·diag(1/g)·Q by least squares, once there are more of them than features.
+    shifted: whether all vectors are off by one and the same vector, which is found along with the rest.
     """
     mended = rows
+    known = np.hstack([rows, np.ones((len(rows), 1), rows.dtype)]) if shifted else rows
     for _ in range(ROUNDS):
         nearest, mutual = nearest_rows(vectors, mended)
         if mutual.sum() <= rows.shape[1]:
             break
-        pairs = rows[nearest[mutual]].astype(np.float64), vectors[mutual].astype(np.float64)
+        pairs = known[nearest[mutual]].astype(np.float64), vectors[mutual].astype(np.float64)
         solved, *_ = np.linalg.lstsq(*pairs, rcond=None)
-        before, mended = mended, (rows @ solved).astype(np.float32)
+        before, mended = mended, (known @ solved).astype(np.float32)
         if np.abs(mended - before).max() < 1e-4 * np.abs(mended).max():
             break
     return mended
 
 
-def distinct_vectors(vectors: Array) -> Array:
+def distinct_vectors(vectors: Array, near: float = EQUAL) -> Array:
     """One vector [distinct, hidden] for each label of traffic [n, hidden]."""
-    _, first = np.unique(labels(vectors), return_index=True)
+    _, first = np.unique(labels(vectors, near), return_index=True)
     chosen: Array = vectors[first]
     return chosen
 
 
 def needs_tied(scene: Scene) -> str | None:
     """For attacks on a classifier that is also the table of inputs."""
-    if reason := needs_base(scene) or needs_cloud_head(scene):
-        return reason
-    assert scene.base is not None
-    return None if scene.base.config.tie_word_embeddings else "the model is not tied: inputs and classifier differ"
+    conditions = needs(needs_next_tokens, needs_base, needs_cloud_head)
+    return conditions(scene) or (None if scene.tied else "the model is not tied: inputs and classifier differ")
 
 
 def match_head(scene: Scene) -> Outcome:
     """Names the classifier's row of every vector that travels."""
-    rows = scene.target.weights.read(scene.family.classifier).numpy()
-    sent = scene.sent(scene.text.secret)
-    assert scene.target.key.vocab is not None
-    truth = np.argsort(scene.target.key.vocab)[scene.text.secret[:SCORED]]  # the row of each token
+    rows = scene.target.weights.read(scene.classifier).numpy()
+    sent = traffic_of(scene)
+    shifted = scene.tokens.positions is not None  # by that of the place where all seem to stand
+    if shifted:
+        rows, sent = rows - rows.mean(0), sent - sent.mean(0)
+    truth = scene.classifier_row[scene.text.secret[:SCORED]]
     nearest, _ = nearest_rows(sent[:SCORED], rows)
-    traffic = distinct_vectors(sent)[: PAIRS * rows.shape[1]]
-    mended = undo_gain(traffic, rows)
+    traffic = distinct_vectors(sent, _near(scene))[: PAIRS * rows.shape[1]]
+    mended = undo_gain(traffic, rows, shifted=shifted)
     after, _ = nearest_rows(sent[:SCORED], mended)
     exact = np.linalg.norm(mended[after] - sent[:SCORED], axis=1) < 1e-3 * np.linalg.norm(sent[:SCORED], axis=1)
     figures = {
@@ -291,79 +325,4 @@ TIED_HEAD = Attack(
     applies=needs_tied,
 )
 
-# --- Sizes on the line ---
-
-RECORD, RECORD_OVERHEAD = 2**14, 22  # TLS 1.3: bytes in a record, and what it adds (RFC 8446 §5.2, AES-GCM)
-PIECE = 4 * 2**20 - 1024  # bytes of embeddings in one Append, as the device cuts a long prompt by default
-TOP_K = 256
-PROMPTS = 400  # paragraphs that are sent
-
-
-def on_the_line(frame: bytes, *, masked: bool) -> int:
-    """Bytes that an observer counts for a frame: WebSocket header (RFC 6455 §5.2) and TLS records."""
-    length = len(frame)
-    length += (2 if length < 126 else 4 if length < 2**16 else 10) + (4 if masked else 0)
-    return length + RECORD_OVERHEAD * -(-length // RECORD)
-
-
-def rows_in(size: int, width: int) -> int:
-    """Embeddings of `width` bytes in an Append of which an observer counted `size` bytes."""
-    inside = size - RECORD_OVERHEAD * -(-size // (RECORD + RECORD_OVERHEAD))
-    return inside // width  # what else is in the frame is narrower than one embedding
-
-
-def exchange(prompt: int, answer: int, hidden: int, dtype: np.dtype[np.generic]) -> tuple[list[int], list[int]]:
-    """Sizes on the line, up and down, of a prompt and an answer of so many tokens, decoded one at a time."""
-    up, down, held = [], [], 0
-    piece = PIECE // (hidden * dtype.itemsize)
-    pieces = [min(piece, prompt - start) for start in range(0, prompt, piece)] + [1] * (answer - 1)
-    for seq, tokens in enumerate(pieces):
-        rows = int(held + tokens >= prompt)  # a piece before the last asks for nothing
-        append = Append(seq=seq, keep=held, rows=rows, top_k=TOP_K, tensors=(np.zeros((tokens, hidden), dtype),))
-        held += tokens
-        reply = (np.zeros((rows, TOP_K), dtype), np.zeros((rows, TOP_K), np.uint32), np.zeros((rows, 2), np.float32))
-        up.append(on_the_line(encode(append), masked=True))
-        down.append(on_the_line(encode(Logits(seq=seq, kv_length=held, tensors=reply)), masked=False))
-    return up, down
-
-
-def read_sizes(up: list[int], down: list[int], width: int) -> tuple[int, int]:
-    """Tokens of prompt and answer. The first reply with rows in it ends the prompt; each after it brings a token."""
-    first = next(i for i, size in enumerate(down) if size > TOP_K)
-    return sum(rows_in(size, width) for size in up[: first + 1]), len(down) - first
-
-
-def read_lengths(scene: Scene) -> Outcome:
-    """Prompt and answer lengths from sizes, and how often they single out one paragraph of all there are."""
-    hidden = scene.target.key.hidden_size
-    dtype = np.dtype(np.float16 if scene.target.dtype.itemsize == 2 else np.float32)
-    lengths = [paragraph.size for paragraph in scene.text.paragraphs]
-    talks = list(pairwise(lengths))  # a paragraph, answered by the next
-    chosen = np.random.default_rng(0).choice(len(talks), min(PROMPTS, len(talks)), replace=False)
-    read = [read_sizes(*exchange(talks[i][0], talks[i][1], hidden, dtype), hidden * dtype.itemsize) for i in chosen]
-    prompts = [seen == talks[i][0] for i, seen in zip(chosen, (one[0] for one in read), strict=True)]
-    answers = [seen == talks[i][1] for i, seen in zip(chosen, (one[1] for one in read), strict=True)]
-    alone, both = [first for first, _ in talks], talks
-    figures = {
-        "prompts": len(chosen),
-        "candidates": len(talks),
-        "answer_length_exact": float(np.mean(answers)),
-        "singled_out_by_prompt_length": float(np.mean([alone.count(one[0]) == 1 for one in read])),
-        "singled_out_by_both_lengths": float(np.mean([both.count(one) == 1 for one in read])),
-        "bytes_up_a_token": hidden * dtype.itemsize,
-        "without": "drafts (an Append then carries the drafted tokens too) and other traffic on the line",
-    }
-    return Outcome(float(np.mean(prompts)), figures)
-
-
-LENGTHS = Attack(
-    name="lengths-and-timing",
-    title="Lengths from sizes on the line",
-    knows="the width of an embedding; sees sizes of TLS records alone",
-    after="prompts whose length in tokens is read exactly",
-    source="Chen et al., IEEE S&P 2010 (side channels in web applications); Weiss et al., USENIX Security 2024",
-    run=read_lengths,
-    applies=lambda scene: None if len(scene.text.paragraphs) > 1 else "the text is not cut into paragraphs",
-)
-
-ATTACKS = (FREQUENCY, KNOWN_TEXT, TIED_HEAD, LENGTHS)
+ATTACKS = (FREQUENCY, KNOWN_TEXT, TIED_HEAD)

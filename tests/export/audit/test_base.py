@@ -171,7 +171,7 @@ def test_rows_that_read_the_stream_are_the_same_function_however_gains_are_kept(
     scheme: SchemeName, scenes: Scenes
 ) -> None:
     scene = scenes("llama-tied", scheme)
-    pairs = reading_rows(scene, "gate")
+    pairs = reading_rows(scene)
     assert [pair.tensor for pair in pairs] == [f"model.layers.{layer}.mlp.gate_proj.weight" for layer in range(3)]
     for pair in pairs:
         assert pair.public.shape == pair.hidden.shape == (80, 48)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from export.audit import look_up
+from export.audit.inputs import Tokens
 from export.audit.look_up import ATTACKS, decode_by_known, match_inner_products, norms, solve, sorted_entries
 from export.rotation import random_orthogonal
 from export.scheme import SchemeName, random_permutation
@@ -128,9 +129,9 @@ def test_least_squares_find_the_basis_from_as_many_pairs_as_the_space_is_wide() 
 
 def test_fewer_pairs_show_the_part_that_they_span() -> None:
     table, basis = table_of(200, 16), random_orthogonal(1, 16)[0].astype(np.float32)
-    assert (decode_by_known(table @ basis, table[:4] @ basis, table[:4], table) == np.arange(200)).mean() > 0.9
+    assert (decode_by_known(table @ basis, table[:4] @ basis, table[:4], Tokens(table)) == np.arange(200)).mean() > 0.9
 
 
 def test_nothing_known_reads_nothing() -> None:
     empty = np.empty((0, 16), np.float32)
-    assert (decode_by_known(table_of(3, 16), empty, empty, table_of(9, 16)) == -1).all()
+    assert (decode_by_known(table_of(3, 16), empty, empty, Tokens(table_of(9, 16))) == -1).all()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from export import cli
-from export.audit import base, hidden, look_up, noise, run, scene, theft, traffic
+from export.audit import base, fine_tuning, hidden, images, lengths, look_up, noise, run, scene, theft, traffic
 from export.audit.attack import Attack, Outcome
 from export.audit.corpus import Text, read_text
 from export.audit.measures import measure
@@ -27,6 +27,7 @@ from shared.errors import AuditError
 from shared.key import UserKey
 from tests.export.audit.pages import assert_nothing_is_loaded_or_run
 
+THEFTS = (*theft.ATTACKS, *fine_tuning.ATTACKS)
 FAST = ("table-sorted-entries", "table-norms")
 REPORTS = {"audit.json", "audit.html"}
 Checkpoints = Callable[[str], Path]
@@ -79,7 +80,7 @@ def whole(
         patch.setattr(base, "STRENGTHS", (0.0, 0.1))
         patch.setattr(hidden, "PREFIX", 2)
         patch.setattr(noise, "SIGMAS", (0.0, 1.0))
-        patch.setattr(theft, "STEPS", (0, 1))
+        patch.setattr(fine_tuning, "STEPS", (0, 1))
         patch.setattr(run, "measure", lambda seen: measure(seen, widths=(128,)))
         report = audit(out, str(tiny_checkpoints("llama-tied")))
     return Audited(out, report, said.getvalue())
@@ -92,9 +93,11 @@ def test_every_attack_of_every_file_is_in_the_report_once_and_in_order(whole: Au
     names = [attack.name for attack in ATTACKS]
     assert [finding.name for finding in whole.report.findings] == names
     assert len(set(names)) == len(names)
-    assert set(ATTACKS) == {one for file in (traffic, look_up, base, hidden, noise, theft) for one in file.ATTACKS}
+    files = (traffic, lengths, look_up, base, hidden, noise, theft, fine_tuning, images)
+    assert set(ATTACKS) == {one for file in files for one in file.ATTACKS}
     skipped = {finding.name for finding in whole.report.findings if finding.skipped}
-    assert skipped == {"classifier-from-traffic"}  # it is for exports without a classifier in the cloud
+    of_images = {attack.name for attack in images.ATTACKS}
+    assert skipped == {"classifier-from-traffic"} | of_images  # the one is for exports with no classifier in the cloud
     assert whole.said.count("\n") == len(names) and f"{len(names)}/{len(names)}" in whole.said
 
 
@@ -143,7 +146,7 @@ def test_an_unknown_attack_is_named_with_all_there_are(out: Path, model: str) ->
 
 
 def test_without_a_model_the_attacks_of_who_has_one_are_skipped_with_the_reason(out: Path) -> None:
-    names = [attack.name for attack in (*base.ATTACKS, *hidden.ATTACKS, *noise.ATTACKS, *theft.ATTACKS)]
+    names = [attack.name for attack in (*base.ATTACKS, *hidden.ATTACKS, *noise.ATTACKS, *THEFTS)]
     report = audit(out, names=[*names, *FAST])
     tried = {finding.name: finding for finding in report.findings}
     for name in names:
@@ -156,7 +159,7 @@ def test_a_classifier_on_the_device_leaves_nothing_of_it_to_attack(
     tiny_exports: Callable[..., Path], tmp_path: Path, model: str
 ) -> None:
     out = shutil.copytree(tiny_exports("llama-tied", "rotation", "device"), tmp_path / "out")
-    names = ["tied-head", *(attack.name for attack in theft.ATTACKS if attack is not theft.NO_CLASSIFIER)]
+    names = ["tied-head", *(attack.name for attack in THEFTS if attack is not theft.NO_CLASSIFIER)]
     report = audit(out, model, [*names, "base-norms", *FAST])
     tried = {finding.name: finding for finding in report.findings}
     assert (report.scheme, report.head) == ("rotation", "device")

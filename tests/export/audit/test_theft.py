@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from export.audit import theft
+from export.audit import fine_tuning, theft
 from export.audit.attack import Attack, carry_out
+from export.audit.predictions import windows
 from export.audit.scene import Scene, open_scene
 from export.bundle import export_model
 from shared.key import Index
@@ -20,13 +21,15 @@ from shared.wire import Array
 from tests.checkpoints import TINY, tiny_tokenizer
 from tests.export.audit.conftest import Scenes, control
 
+ATTACKS = (*theft.ATTACKS, *fine_tuning.ATTACKS)
+
 
 def trained(folder: Path, text: Index, steps: int = 60) -> Path:
     """A tiny tied checkpoint that has learnt something, as there is nothing to steal in a random one."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(TINY["llama-tied"], dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    lessons = torch.from_numpy(theft.windows(text, 8 * steps, 64))
+    lessons = torch.from_numpy(windows(text, 8 * steps, 64))
     for step in range(steps):
         optimizer.zero_grad()
         lesson = lessons[8 * step : 8 * step + 8]
@@ -53,10 +56,10 @@ def scene(
     opened = open_scene(out, str(checkpoint))
     short = replace(opened.text, secret=opened.text.secret[:6_000], public=opened.text.public[:6_000])
     yield replace(opened, text=short)
-    theft.yardsticks.cache_clear()
+    fine_tuning.yardsticks.cache_clear()
 
 
-@pytest.mark.parametrize("attack", theft.ATTACKS, ids=lambda attack: str(attack.name))
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: str(attack.name))
 def test_the_control_succeeds(attack: Attack, scene: Scene) -> None:
     assert control(attack, scene).share >= 0.99
 
@@ -79,7 +82,7 @@ BROKEN = [
     (theft.UNAUTHORIZED, "enter", lambda scene, ids: scene.table[ids][..., ::-1].copy()),
     (theft.OWN_TABLE, "own_table", lambda scene: scene.table),
     (theft.NO_CLASSIFIER, "classify_by_traffic", random_scores),
-    (theft.FINE_TUNING, "named_tables", plain_tables),
+    (fine_tuning.FINE_TUNING, "named_tables", plain_tables),
 ]
 
 
@@ -87,12 +90,12 @@ BROKEN = [
 def test_the_control_fails_when_a_step_is_broken(
     attack: Attack, step: str, wrong: Callable[..., object], scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(theft, step, wrong)
+    monkeypatch.setattr(theft if hasattr(theft, step) else fine_tuning, step, wrong)
     assert control(attack, scene).share < 0.9
 
 
 def test_every_attack_here_is_broken_above() -> None:
-    assert [attack for attack, _, _ in BROKEN] == list(theft.ATTACKS)
+    assert [attack for attack, _, _ in BROKEN] == list(ATTACKS)
 
 
 def test_a_classifier_on_the_device_is_scored_by_traffic(checkpoint: Path, tmp_path: Path) -> None:
@@ -101,7 +104,7 @@ def test_a_classifier_on_the_device_is_scored_by_traffic(checkpoint: Path, tmp_p
     short = replace(opened, text=replace(opened.text, secret=opened.text.secret[:6_000]))
     finding = carry_out(theft.NO_CLASSIFIER, short)
     assert finding.recovered is not None and finding.recovered >= 0.99
-    assert all(carry_out(attack, short).skipped for attack in theft.ATTACKS if attack is not theft.NO_CLASSIFIER)
+    assert all(carry_out(attack, short).skipped for attack in ATTACKS if attack is not theft.NO_CLASSIFIER)
 
 
 def test_a_tied_model_is_stolen_whole_but_for_names(scene: Scene) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.audit import traffic
+from export.audit import lengths, traffic
 from export.audit.attack import Attack, carry_out
 from export.audit.scene import Scene, open_scene
 from shared.key import Index
 from shared.wire import Array
+
+ATTACKS = (*traffic.ATTACKS, *lengths.ATTACKS)
 
 
 def open_tiny(kind: str, exports: Callable[[str], Path], checkpoints: Callable[[str], Path]) -> Scene:
@@ -28,14 +30,14 @@ def scene(tiny_exports: Callable[[str], Path], tiny_checkpoints: Callable[[str],
     return open_tiny("llama-tied", tiny_exports, tiny_checkpoints)
 
 
-@pytest.mark.parametrize("attack", traffic.ATTACKS, ids=lambda attack: str(attack.name))
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: str(attack.name))
 def test_the_control_succeeds(attack: Attack, scene: Scene) -> None:
     finding = carry_out(attack, scene)
     assert finding.skipped is None
     assert finding.control is not None and finding.control >= 0.99
 
 
-def fresh_labels(vectors: Array) -> Index:
+def fresh_labels(vectors: Array, *_: float) -> Index:
     return np.arange(len(vectors)) // 2
 
 
@@ -53,7 +55,7 @@ BROKEN = [
     (traffic.FREQUENCY, "match_profiles", no_profiles),
     (traffic.KNOWN_TEXT, "labels", fresh_labels),
     (traffic.TIED_HEAD, "nearest_rows", first_rows),
-    (traffic.LENGTHS, "rows_in", lambda size, width: size // (width + 16)),
+    (lengths.LENGTHS, "rows_in", lambda size, width: size // (width + 16)),
 ]
 
 
@@ -62,13 +64,13 @@ def test_the_control_fails_when_a_step_is_broken(
     attack: Attack, step: str, wrong: Callable[..., object], scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = replace(scene, text=replace(scene.text, secret=scene.text.secret[:3_000], public=scene.text.public[:3_000]))
-    monkeypatch.setattr(traffic, step, wrong)
+    monkeypatch.setattr(traffic if hasattr(traffic, step) else lengths, step, wrong)
     finding = carry_out(attack, short)
     assert finding.control is not None and finding.control < 0.9
 
 
 def test_every_attack_here_is_broken_above() -> None:
-    assert {attack.name for attack, _, _ in BROKEN} == {attack.name for attack in traffic.ATTACKS}
+    assert {attack.name for attack, _, _ in BROKEN} == {attack.name for attack in ATTACKS}
 
 
 def test_what_was_known_is_read_wherever_it_is_sent_again(scene: Scene) -> None:

@@ -1,0 +1,44 @@
+"""Attacks on images: a class token that is always the same gives an order away, and weights give any basis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from export.audit import images
+from export.audit.images import ATTACKS, order_of
+from export.scheme import SchemeName, random_permutation
+from tests.export.audit.conftest import KindScenes, control, named
+
+
+@pytest.mark.parametrize(("kind", "scheme"), [("vit", "permutation"), ("llava", "permutation"), ("llava", "rotation")])
+def test_the_class_token_tells_the_order_of_features(kind: str, scheme: SchemeName, kind_scenes: KindScenes) -> None:
+    outcome = named(ATTACKS, "image-class-token").run(kind_scenes(kind, scheme))  # CLIP's stream is only reordered
+    assert outcome.share == 1.0 and outcome.figures["first_row_is_the_same_in_all"]
+
+
+def test_the_class_token_tells_no_basis_but_the_weights_do(kind_scenes: KindScenes) -> None:
+    seen = kind_scenes("vit", "rotation")
+    assert named(ATTACKS, "image-class-token").run(seen).share == 0.0
+    assert named(ATTACKS, "image-base-norms").run(seen).share == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "wrong"),
+    [
+        ("image-class-token", "order_of", lambda hidden, plain: np.arange(hidden.size)),
+        ("image-base-norms", "by_norms", lambda pairs: np.eye(pairs[0].public.shape[1], dtype=np.float32)),
+    ],
+)
+def test_with_its_step_broken_an_attack_on_images_reads_nothing(
+    name: str, step: str, wrong: Callable[..., object], kind_scenes: KindScenes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, step, wrong)
+    assert control(named(ATTACKS, name), kind_scenes("vit")).share == 0.0
+
+
+def test_an_order_is_found_from_one_vector() -> None:
+    plain, order = np.random.default_rng(0).normal(size=40), random_permutation(40)
+    assert (order_of(plain[order], plain) == order).all()

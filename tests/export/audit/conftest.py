@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,6 @@ from export.audit.scene import Scene, open_scene, unprotected
 from export.bundle import export_model
 from export.scheme import SchemeName
 from shared.wire import FloatName
-from tests.export.audit.kinds import make
 
 
 class Scenes(Protocol):
@@ -50,37 +50,22 @@ def scenes(
 
 
 class KindExports(Protocol):
-    """Gives a folder with a checkpoint of a kind as `model`, and its export as `out`."""
+    """Gives a folder with a checkpoint of a kind as `model`, and a copy of its export as `out`."""
 
     def __call__(self, kind: str, scheme: SchemeName = "permutation") -> Path: ...
 
 
-class KindScenes(Protocol):
-    """Gives the scene of such an export before who has its public model, or its tables alone."""
-
-    def __call__(self, kind: str, scheme: SchemeName = "permutation", *, base: bool = True) -> Scene: ...
-
-
-@pytest.fixture(scope="session")
-def kind_exports(tmp_path_factory: pytest.TempPathFactory) -> KindExports:
-    made: dict[tuple[str, SchemeName], Path] = {}
-
+@pytest.fixture
+def kind_exports(
+    tiny_checkpoints: Callable[[str], Path], tiny_exports: Callable[..., Path], tmp_path: Path
+) -> KindExports:
     def exported(kind: str, scheme: SchemeName = "permutation") -> Path:
-        if (kind, scheme) not in made:
-            made[kind, scheme] = folder = tmp_path_factory.mktemp(kind)
-            export_model(str(make(folder / "model", kind)), folder / "out", scheme=scheme, name=kind)
-        return made[kind, scheme]
+        folder = tmp_path / kind
+        shutil.copytree(tiny_exports(kind, scheme), folder / "out")
+        (folder / "model").symlink_to(tiny_checkpoints(kind))
+        return folder
 
     return exported
-
-
-@pytest.fixture(scope="session")
-def kind_scenes(kind_exports: KindExports) -> KindScenes:
-    def scene(kind: str, scheme: SchemeName = "permutation", *, base: bool = True) -> Scene:
-        folder = kind_exports(kind, scheme)
-        return open_scene(folder / "out", str(folder / "model") if base else None)
-
-    return scene
 
 
 def control(attack: Attack, scene: Scene) -> Outcome:

@@ -10,17 +10,17 @@ import pytest
 from export.audit import images
 from export.audit.images import ATTACKS, order_of
 from export.scheme import SchemeName, random_permutation
-from tests.export.audit.conftest import KindScenes, control, named
+from tests.export.audit.conftest import Scenes, control, named
 
 
 @pytest.mark.parametrize(("kind", "scheme"), [("vit", "permutation"), ("llava", "permutation"), ("llava", "rotation")])
-def test_the_class_token_tells_the_order_of_features(kind: str, scheme: SchemeName, kind_scenes: KindScenes) -> None:
-    outcome = named(ATTACKS, "image-class-token").run(kind_scenes(kind, scheme))  # CLIP's stream is only reordered
+def test_the_class_token_tells_the_order_of_features(kind: str, scheme: SchemeName, scenes: Scenes) -> None:
+    outcome = named(ATTACKS, "image-class-token").run(scenes(kind, scheme))  # CLIP's stream is only reordered
     assert outcome.share == 1.0 and outcome.figures["first_row_is_the_same_in_all"]
 
 
-def test_the_class_token_tells_no_basis_but_the_weights_do(kind_scenes: KindScenes) -> None:
-    seen = kind_scenes("vit", "rotation")
+def test_the_class_token_tells_no_basis_but_the_weights_do(scenes: Scenes) -> None:
+    seen = scenes("vit", "rotation")
     assert named(ATTACKS, "image-class-token").run(seen).share == 0.0
     assert named(ATTACKS, "image-base-norms").run(seen).share == 1.0
 
@@ -33,10 +33,10 @@ def test_the_class_token_tells_no_basis_but_the_weights_do(kind_scenes: KindScen
     ],
 )
 def test_with_its_step_broken_an_attack_on_images_reads_nothing(
-    name: str, step: str, wrong: Callable[..., object], kind_scenes: KindScenes, monkeypatch: pytest.MonkeyPatch
+    name: str, step: str, wrong: Callable[..., object], scenes: Scenes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(images, step, wrong)
-    assert control(named(ATTACKS, name), kind_scenes("vit")).share == 0.0
+    assert control(named(ATTACKS, name), scenes("vit")).share == 0.0
 
 
 def test_an_order_is_found_from_one_vector() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,10 +18,12 @@ from export.audit.measures import measure
 from export.audit.report import Report, read_json
 from export.audit.run import ATTACKS, audit
 from export.audit.scene import open_scene
+from export.families import family_of
 from export.scheme import SchemeName
 from shared.errors import AuditError
-from tests.export.audit.conftest import KindExports, KindScenes, named
-from tests.export.audit.kinds import CONFIGS
+from shared.manifest import Kind
+from tests.checkpoints import ALL
+from tests.export.audit.conftest import KindExports, Scenes, named
 
 SCHEMES: list[SchemeName] = ["permutation", "rotation"]
 # Long, and on nothing that differs between kinds beyond what the others stand on.
@@ -60,8 +63,8 @@ def a_short_text() -> Iterator[None]:
         yield
 
 
-def test_every_family_kind_is_tried() -> None:
-    assert TRIED.keys() == CONFIGS.keys()
+def test_every_kind_of_model_is_tried() -> None:
+    assert {family_of(ALL[kind]).kind for kind in TRIED} == set(get_args(Kind))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -94,16 +97,14 @@ def test_an_audit_of_a_model_that_takes_no_text_measures_what_there_is(
     assert "class token" in (where / "out" / "audit.html").read_text()
 
 
-def test_tables_of_zeros_are_not_measured_as_parameters(kind_scenes: KindScenes) -> None:
-    names = {one["name"] for one in measure(kind_scenes("gpt2"), widths=(128,))["parameters"]}
+def test_tables_of_zeros_are_not_measured_as_parameters(scenes: Scenes) -> None:
+    names = {one["name"] for one in measure(scenes("gpt2"), widths=(128,))["parameters"]}
     assert "transformer.ln_f.weight" in names and "transformer.wpe.weight" not in names
 
 
 @pytest.mark.parametrize(("kind", "name"), [("gpt2", "table-sorted-entries"), ("vit", "image-class-token")])
-def test_without_the_public_model_what_travels_is_attacked_all_the_same(
-    kind: str, name: str, kind_scenes: KindScenes
-) -> None:
-    finding = carry_out(named(ATTACKS, name), kind_scenes(kind, base=False))
+def test_without_the_public_model_what_travels_is_attacked_all_the_same(kind: str, name: str, scenes: Scenes) -> None:
+    finding = carry_out(named(ATTACKS, name), scenes(kind, base=False))
     assert finding.recovered == finding.control == 1.0
 
 
@@ -114,13 +115,13 @@ def test_a_model_of_another_family_is_refused(kind_exports: KindExports) -> None
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(
-    ("kind", "rows"), [("gpt2", 192), ("phi3", 80), ("gemma", 80), ("mixtral", 240), ("bert", 80), ("marian", 80)]
+    ("kind", "rows"), [("gpt2", 192), ("phi3", 80), ("gemma", 80), ("mixtral", 320), ("bert", 80), ("marian", 80)]
 )
 def test_rows_that_read_the_stream_are_the_same_function_on_both_sides(
-    kind: str, rows: int, scheme: SchemeName, kind_scenes: KindScenes
+    kind: str, rows: int, scheme: SchemeName, scenes: Scenes
 ) -> None:
-    pairs = reading_rows(kind_scenes(kind, scheme))
-    assert len(pairs) == CONFIGS[kind].num_hidden_layers
+    pairs = reading_rows(scenes(kind, scheme))
+    assert len(pairs) == (2 if kind in ("bert", "marian") else 3)
     for pair in pairs:
         assert pair.public.shape == pair.hidden.shape == (rows, 48)
         lengths = [np.sort(np.linalg.norm(side, axis=1)) for side in (pair.public, pair.hidden)]

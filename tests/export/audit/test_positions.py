@@ -10,14 +10,14 @@ from export.audit.positions import common_step, without_positions
 from export.audit.traffic import labels
 from export.rotation import random_orthogonal
 from export.scheme import SchemeName
-from tests.export.audit.conftest import KindScenes
+from tests.export.audit.conftest import Scenes
 
 SCHEMES: list[SchemeName] = ["permutation", "rotation"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_positions_cancel_out_of_traffic(scheme: SchemeName, kind_scenes: KindScenes) -> None:
-    seen = kind_scenes("gpt2", scheme)
+def test_positions_cancel_out_of_traffic(scheme: SchemeName, scenes: Scenes) -> None:
+    seen = scenes("gpt2", scheme)
     ids = seen.text.secret[:3_000]
     places = seen.tokens.places(ids.size)
     sent = seen.sent(ids)

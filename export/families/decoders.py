@@ -9,19 +9,14 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from export.families.attention import attention
 from export.families.family import Family, Read, TextInput
-from export.spaces import After, Dropped, Features, Fixed, Fused, Gain, Gated, OnDevice, Row, Shift, Stream, Structure
+from export.families.parts import attention, layer_norm, linear, projections, same
+from export.spaces import After, Dropped, Features, Fixed, Fused, Gain, Gated, OnDevice, Row, Stream, Structure
 
 HEAD_NORM = Fixed(
     "one weight for each feature of a head, shared by all heads; features inside query and key heads are fixed by RoPE"
 )
 COMPUTED = Dropped("the stock model computes it from its config")
-
-
-def same(*names: str) -> dict[str, str]:
-    """Classes that are served as they are."""
-    return {name: name for name in names}
 
 
 # --- LLaMA, Mistral, Qwen: RMSNorm before each block, rotary positions, gated feed-forward ---
@@ -161,16 +156,6 @@ PHI3 = replace(
 # --- LayerNorm before each block, one inner space: Phi, GPT-2, OPT ---
 
 
-def layer_norm(name: str, space: str = "residual") -> dict[str, Row]:
-    """The two rows of a LayerNorm."""
-    return {f"{name}.weight": (Gain(space),), f"{name}.bias": (Shift(space, f"{name}.weight"),)}
-
-
-def linear(name: str, *, into: Any, out: Any, transposed: bool = False) -> dict[str, Row]:
-    """The two rows of a projection from the axis `into` to the axis `out`; Conv1D stores it transposed."""
-    return {f"{name}.weight": (into, out) if transposed else (out, into), f"{name}.bias": (out,)}
-
-
 def _plain_structures(config: PretrainedConfig, inner: int, norm: Any, rotary: float) -> Iterable[Structure]:
     yield Stream("residual", config.hidden_size, norm)
     yield Features("vocab", config.vocab_size)
@@ -189,10 +174,11 @@ PHI = Family(
     tensors={
         "model.embed_tokens.weight": ("vocab", "residual"),
         **layer_norm(_PHI_LAYER + "input_layernorm"),
-        **linear(_PHI_LAYER + "self_attn.q_proj", into=_PHI_INPUT, out="query[{i}]"),
-        **linear(_PHI_LAYER + "self_attn.k_proj", into=_PHI_INPUT, out="key[{i}]"),
-        **linear(_PHI_LAYER + "self_attn.v_proj", into=_PHI_INPUT, out="value[{i}]"),
-        **linear(_PHI_LAYER + "self_attn.dense", into="attended[{i}]", out="residual"),
+        **projections(
+            *(f"{_PHI_LAYER}self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "dense")),
+            into=_PHI_INPUT,
+            stream="residual",
+        ),
         **linear(_PHI_LAYER + "mlp.fc1", into=_PHI_INPUT, out="ffn[{i}]"),
         **linear(_PHI_LAYER + "mlp.fc2", into="ffn[{i}]", out="residual"),
         **layer_norm("model.final_layernorm"),
@@ -248,10 +234,11 @@ def _opt_rows() -> Mapping[str, Row]:
         "model.decoder.embed_tokens.weight": ("vocab", "residual"),
         "model.decoder.embed_positions.weight": OnDevice(zeros=True),
         **layer_norm(layer + "self_attn_layer_norm"),
-        **linear(layer + "self_attn.q_proj", into=into_attention, out="query[{i}]"),
-        **linear(layer + "self_attn.k_proj", into=into_attention, out="key[{i}]"),
-        **linear(layer + "self_attn.v_proj", into=into_attention, out="value[{i}]"),
-        **linear(layer + "self_attn.out_proj", into="attended[{i}]", out="residual"),
+        **projections(
+            *(f"{layer}self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
+            into=into_attention,
+            stream="residual",
+        ),
         **layer_norm(layer + "final_layer_norm"),
         **linear(layer + "fc1", into=into_ffn, out="ffn[{i}]"),
         **linear(layer + "fc2", into="ffn[{i}]", out="residual"),

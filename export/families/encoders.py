@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from export.families.attention import attention
-from export.families.decoders import layer_norm, linear
 from export.families.family import Family, Read, TextInput
+from export.families.parts import attention, layer_norm, linear, projections
 from export.spaces import Dropped, Features, OnDevice, Row, Stream, Structure
 
 _HEAD = Dropped("a head that is not served")
@@ -37,10 +36,11 @@ def _bert_rows(head: dict[str, Row]) -> dict[str, Row]:
         "embeddings.token_type_embeddings.weight": OnDevice(zeros=True),
         "embeddings.position_ids": _BUFFER,
         **layer_norm("embeddings.LayerNorm"),
-        **linear(layer + "attention.self.query", into="residual", out="query[{i}]"),
-        **linear(layer + "attention.self.key", into="residual", out="key[{i}]"),
-        **linear(layer + "attention.self.value", into="residual", out="value[{i}]"),
-        **linear(layer + "attention.output.dense", into="attended[{i}]", out="residual"),
+        **projections(
+            *(f"{layer}attention.{name}" for name in ("self.query", "self.key", "self.value", "output.dense")),
+            into="residual",
+            stream="residual",
+        ),
         **layer_norm(layer + "attention.output.LayerNorm"),
         **linear(layer + "intermediate.dense", into="residual", out="ffn[{i}]"),
         **linear(layer + "output.dense", into="ffn[{i}]", out="residual"),
@@ -130,10 +130,9 @@ DISTILBERT = Family(
         "embeddings.word_embeddings.weight": OnDevice(),
         "embeddings.position_embeddings.weight": OnDevice(zeros=True),
         **layer_norm("embeddings.LayerNorm"),
-        **linear(_LAYER + "attention.q_lin", into="residual", out="query[{i}]"),
-        **linear(_LAYER + "attention.k_lin", into="residual", out="key[{i}]"),
-        **linear(_LAYER + "attention.v_lin", into="residual", out="value[{i}]"),
-        **linear(_LAYER + "attention.out_lin", into="attended[{i}]", out="residual"),
+        **projections(
+            *(f"{_LAYER}attention.{name}_lin" for name in ("q", "k", "v", "out")), into="residual", stream="residual"
+        ),
         **layer_norm(_LAYER + "sa_layer_norm"),
         **linear(_LAYER + "ffn.lin1", into="residual", out="ffn[{i}]"),
         **linear(_LAYER + "ffn.lin2", into="ffn[{i}]", out="residual"),

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from export.families.attention import attention
-from export.families.decoders import LLAMA, gated, llama_rows, partial_rotary, same
+from export.families.decoders import LLAMA, gated, llama_rows, partial_rotary
+from export.families.parts import attention, same
 from export.spaces import After, Each, Features, Fixed, Fused, Gated, Row, Stream, Structure
 
 _LAYER = "model.layers.{i}."

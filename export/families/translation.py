@@ -8,19 +8,14 @@ from typing import Any
 
 import torch
 
-from export.families.attention import attention
-from export.families.decoders import layer_norm, linear, same
 from export.families.family import Family, TextInput
+from export.families.parts import attention, layer_norm, linear, projections, same
 from export.spaces import Features, Fixed, OnDevice, Row, Stream, Structure
 
 
 def _attention(name: str, block: str, reads: str, attends: str) -> dict[str, Row]:
-    return {
-        **linear(f"{name}.q_proj", into=reads, out=block + "query[{i}]"),
-        **linear(f"{name}.k_proj", into=attends, out=block + "key[{i}]"),
-        **linear(f"{name}.v_proj", into=attends, out=block + "value[{i}]"),
-        **linear(f"{name}.out_proj", into=block + "attended[{i}]", out=reads),
-    }
+    names = (f"{name}.{which}_proj" for which in ("q", "k", "v", "out"))
+    return projections(*names, into=reads, attends=attends, stream=reads, block=block)
 
 
 def _layer(name: str, block: str, stream: str) -> dict[str, Row]:

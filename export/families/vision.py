@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from export.families.attention import attention
-from export.families.decoders import layer_norm, linear, llama_rows, llama_structures, same
+from export.families.decoders import llama_rows, llama_structures
 from export.families.family import Family, ImageInput, TextInput
+from export.families.parts import attention, layer_norm, linear, projections, same
 from export.spaces import After, Dropped, Features, OnDevice, Row, Stream, Structure, prefixed
 
 # --- ViT: LayerNorm before each block ---
@@ -26,10 +26,9 @@ def _vit_rows() -> dict[str, Row]:
     into_ffn = After("residual", "layers.{i}.layernorm_after.weight")
     rows: dict[str, Row] = {
         **layer_norm("layers.{i}.layernorm_before"),
-        **linear("layers.{i}.attention.q_proj", into=into_attention, out="query[{i}]"),
-        **linear("layers.{i}.attention.k_proj", into=into_attention, out="key[{i}]"),
-        **linear("layers.{i}.attention.v_proj", into=into_attention, out="value[{i}]"),
-        **linear("layers.{i}.attention.o_proj", into="attended[{i}]", out="residual"),
+        **projections(
+            *(f"layers.{{i}}.attention.{name}_proj" for name in "qkvo"), into=into_attention, stream="residual"
+        ),
         **layer_norm("layers.{i}.layernorm_after"),
         **linear("layers.{i}.mlp.fc1", into=into_ffn, out="ffn[{i}]"),
         **linear("layers.{i}.mlp.fc2", into="ffn[{i}]", out="residual"),
@@ -94,10 +93,12 @@ def _llava_rows() -> dict[str, Row]:
         _TOWER + "embeddings.position_ids": Dropped("a buffer that the stock model computes"),
         **layer_norm(_TOWER + "pre_layrnorm", "encoder"),
         **layer_norm(_LAYER + "layer_norm1", "encoder"),
-        **linear(_LAYER + "self_attn.q_proj", into=into_attention, out="vision.query[{i}]"),
-        **linear(_LAYER + "self_attn.k_proj", into=into_attention, out="vision.key[{i}]"),
-        **linear(_LAYER + "self_attn.v_proj", into=into_attention, out="vision.value[{i}]"),
-        **linear(_LAYER + "self_attn.out_proj", into="vision.attended[{i}]", out="encoder"),
+        **projections(
+            *(f"{_LAYER}self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
+            into=into_attention,
+            stream="encoder",
+            block="vision.",
+        ),
         **layer_norm(_LAYER + "layer_norm2", "encoder"),
         **linear(_LAYER + "mlp.fc1", into=into_ffn, out="vision.ffn[{i}]"),
         **linear(_LAYER + "mlp.fc2", into="vision.ffn[{i}]", out="encoder"),

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PROMPT ?=
 
-.PHONY: demo test test-all lint bench bench-levels bench-audit bench-equivalence bench-export clean
+.PHONY: demo test test-all lint bench bench-levels bench-audit bench-equivalence bench-export families clean
 
 # torch first and pinned: left to itself, pip may take a build with gigabytes of CUDA libraries.
 .venv/installed: pyproject.toml constraints.txt
@@ -49,6 +49,10 @@ bench-equivalence: .venv/installed
 # a random 1-billion-parameter checkpoint: peak memory of its export
 bench-export: .venv/installed
 	$(BIN)/python -m benchmarks.export_memory
+
+# the paper's accuracy table: every family at real shapes against the stock model
+families: .venv/installed
+	$(BIN)/python -m benchmarks.families
 
 clean:
 	rm -rf build .venv

@@ -1,0 +1,50 @@
+"""Checkpoints at real shapes whose every tensor is random, written tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from export.shards import TensorPlan, plan_shards, write_index, write_shard
+from export.stock import empty_model
+
+SHARD = 500 * 2**20
+
+
+def write_random(config: Any, folder: Path) -> None:
+    """A checkpoint of the stock class that `config` names, in float32, without a tokenizer.
+
+    Biases and gains are drawn too: fresh models have zeros and ones there, which hide what is forgotten. Rows of
+    matrices have a length of about 1, so that activations stay in range through any number of layers.
+    """
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    model = empty_model(config)
+    drawn = _learned(model)
+    shards = plan_shards((TensorPlan(name, shape, torch.float32) for name, shape in drawn.items()), SHARD)
+    generator = torch.Generator().manual_seed(0)
+
+    def tensors(plans: list[TensorPlan]) -> Iterator[tuple[str, torch.Tensor]]:
+        for plan in plans:
+            module, _, own = plan.name.rpartition(".")
+            gain = own == "weight" and "Norm" in type(model.get_submodule(module)).__name__
+            scale = 0.3 if len(plan.shape) == 1 else plan.shape[-1] ** -0.5
+            yield plan.name, torch.randn(plan.shape, generator=generator) * scale + float(gain)
+
+    for file, plans in shards.items():
+        write_shard(folder / file, plans, tensors(plans), {})
+    write_index(folder, shards)
+
+
+def _learned(model: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of all that a checkpoint of the model stores: what it computes and what is tied to another is not."""
+    computed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    left_out = computed | set(model.all_tied_weights_keys or {})
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if name not in left_out and tensor.is_floating_point()
+    }

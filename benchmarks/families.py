@@ -27,7 +27,7 @@ from transformers import AutoImageProcessor
 from benchmarks.family_cases import CASES, Case
 from benchmarks.plain import RESULTS, machine
 from export.bundle import export_model
-from export.check import IMAGE_AT, TOLERANCE, Samples, original, written_rows
+from export.check import IMAGE_AT, TOLERANCE, Samples, has_pooler, original, written_rows
 from export.families import Family, family_of
 from export.outputs import plain
 from export.source import Source, open_source
@@ -125,8 +125,8 @@ def measure(case: Case, results: int) -> dict[str, Any]:
         family = family_of(source.config)
         read, tally = original(source, family, torch.float32), Tally()
         for samples in batches(source, family, model, case.real):
-            expected = streamed(source.config, read, plain(family, samples.inputs()))
-            tally.add(expected, written_rows(family, out / "cloud", out / "device", samples, "cloud"))
+            expected = streamed(source.config, read, plain(samples.inputs(), pooled=has_pooler(source)))
+            tally.add(expected, written_rows(family, out / "cloud", out / "device", samples, pooled=has_pooler(source)))
             if tally.results >= results:
                 break
         parameters = sum(torch.Size(shape).numel() for shape in source.shapes.values())

@@ -96,7 +96,7 @@ def needs_next_tokens(scene: Scene) -> str | None:
     """For attacks on a decoder that continues its prompt."""
     if scene.family.kind in ("decoder", "vision-decoder"):
         return None
-    return f"a model of kind {scene.family.kind} does not continue what it is sent"
+    return f"for decoders, which continue what they are sent; this is a model of kind {scene.family.kind}"
 
 
 def needs_no_positions(scene: Scene) -> str | None:

@@ -38,9 +38,9 @@ def common_step(before: Array, after: Array, size: float) -> Array:
 
     size: how far two differences may be from each other and still be the same.
     """
-    looks = np.random.default_rng(0).standard_normal((before.shape[1], 3)) / np.sqrt(before.shape[1])
+    looks = np.random.default_rng(0).standard_normal((before.shape[1], 3))  # which keep lengths, on average
     steps = (after @ looks)[:, None] - (before @ looks)[None]  # [m, n, 3]
-    cells = np.floor(steps / (8 * size)).astype(np.int64).reshape(-1, 3)
+    cells = np.floor(steps / (4 * size)).astype(np.int64).reshape(-1, 3)
     keys = cells @ np.array([1, 1_000_003, 1_000_003**2])
     _, where, counts = np.unique(keys, return_inverse=True, return_counts=True)
     in_cell = np.argwhere((where == counts.argmax()).reshape(len(after), len(before)))
@@ -50,6 +50,6 @@ def common_step(before: Array, after: Array, size: float) -> Array:
 def _centre(steps: Array, size: float) -> Array:
     """The mean of those steps [n, hidden] that agree with most others: chance brings some into the same cell."""
     middle: Array = np.median(steps, axis=0)
-    agreeing = np.linalg.norm(steps - middle, axis=1) <= 8 * size
+    agreeing = np.linalg.norm(steps - middle, axis=1) <= 4 * size
     centre: Array = steps[agreeing].mean(axis=0) if agreeing.any() else middle
     return centre

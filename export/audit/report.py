@@ -17,7 +17,7 @@ import torch
 from export.audit.attack import Finding
 from export.audit.scene import Scene
 from shared.errors import AuditError
-from shared.manifest import DeviceManifest
+from shared.manifest import DeviceManifest, Kind
 
 FORMAT: Literal["stip-audit-1"] = "stip-audit-1"
 SOUND = 0.99  # what an attack must get where nothing protects, or its figure says nothing
@@ -46,6 +46,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     format: Literal["stip-audit-1"] = FORMAT
     served_name: str
+    kind: Kind = "decoder"
     scheme: str
     head: Literal["cloud", "device"]
     dtype: str
@@ -70,6 +71,7 @@ def make_report(
     """The report on a scene. `model` is what the command line gave: a hub id, folder or file."""
     return Report(
         served_name=manifest.served_name,
+        kind=manifest.kind,
         check=manifest.check,
         scheme=scene.target.scheme,
         head=scene.target.head,
@@ -161,9 +163,11 @@ def percent(share: float | None) -> str:
 
 def audited(report: Report) -> str:
     """What was audited, in one line."""
-    place = "in the cloud" if report.head == "cloud" else "on the device"
+    place = f", classifier {'in the cloud' if report.head == 'cloud' else 'on the device'}"
+    if report.kind in ("encoder", "image-encoder"):
+        place = f", {report.kind}"
     against = f"against the public model {report.model}" if report.model else "no public model given"
-    return f"{report.served_name}: scheme {report.scheme}, classifier {place}, {report.dtype}; {against}"
+    return f"{report.served_name}: scheme {report.scheme}{place}, {report.dtype}; {against}"
 
 
 def summary(report: Report) -> list[str]:

@@ -224,7 +224,7 @@ OWN_TABLE = Attack(
     after="next tokens that the original would choose, in secretly renamed ids (figures: in plain names too)",
     source="ours; follows from tying (Press and Wolf, arXiv 1608.05859)",
     run=run_on_own_table,
-    applies=needs(needs_no_positions, needs_tied),
+    applies=needs(needs_next_tokens, needs_no_positions, needs_tied),
 )
 
 # --- No classifier in the cloud ---

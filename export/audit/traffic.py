@@ -57,7 +57,7 @@ def traffic_of(scene: Scene) -> Array:
 
 def _near(scene: Scene) -> float:
     """What rounding leaves of the difference of equal tokens: where positions cancel, as much as of entries."""
-    rounding = 0.0 if scene.tokens.positions is None else 2 * float(torch.finfo(scene.target.dtype).eps)
+    rounding = 0.0 if scene.tokens.positions is None else float(torch.finfo(scene.target.dtype).eps) / 2
     return max(EQUAL, rounding)
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from export.audit import images
+from export.audit.attack import carry_out
 from export.audit.images import ATTACKS, order_of
+from export.audit.scene import open_scene
+from export.bundle import export_model
 from export.scheme import SchemeName, random_permutation
-from tests.export.audit.conftest import Scenes, control, named
+from tests.export.audit.conftest import KindExports, Scenes, control, named
 
 
 @pytest.mark.parametrize(("kind", "scheme"), [("vit", "permutation"), ("llava", "permutation"), ("llava", "rotation")])
@@ -42,3 +46,11 @@ def test_with_its_step_broken_an_attack_on_images_reads_nothing(
 def test_an_order_is_found_from_one_vector() -> None:
     plain, order = np.random.default_rng(0).normal(size=40), random_permutation(40)
     assert (order_of(plain[order], plain) == order).all()
+
+
+def test_in_16_bits_the_class_token_is_not_tried(kind_exports: KindExports, tmp_path: Path) -> None:
+    model = str(kind_exports("vit") / "model")
+    export_model(model, tmp_path / "out", dtype="bfloat16")
+    seen = open_scene(tmp_path / "out", model)
+    assert "in 16 bits" in str(named(ATTACKS, "image-class-token").applies(seen))
+    assert carry_out(named(ATTACKS, "image-base-norms"), seen).recovered == 1.0

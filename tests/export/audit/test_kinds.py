@@ -15,7 +15,7 @@ from export.audit.attack import carry_out
 from export.audit.base import reading_rows
 from export.audit.corpus import Text
 from export.audit.measures import measure
-from export.audit.report import Report, read_json
+from export.audit.report import Report, audited, read_json
 from export.audit.run import ATTACKS, audit
 from export.audit.scene import open_scene
 from export.families import family_of
@@ -95,6 +95,7 @@ def test_an_audit_of_a_model_that_takes_no_text_measures_what_there_is(
     report = audit(where / "out", str(where / "model"))
     assert "no text" in report.measures["traffic"]["skipped"] and report.measures["parameters"]
     assert "class token" in (where / "out" / "audit.html").read_text()
+    assert audited(report).startswith("vit: scheme rotation, image-encoder, float32; against")
 
 
 def test_tables_of_zeros_are_not_measured_as_parameters(scenes: Scenes) -> None:

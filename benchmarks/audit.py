@@ -1,4 +1,4 @@
-"""`make bench-audit`: the audit at every level on SmolLM2-135M, and the tables that SECURITY.md shows of it.
+"""`make bench-audit`: the audit at every level on SmolLM2-135M and of other kinds of models, and SECURITY.md's tables.
 
 Every figure in SECURITY.md is written here, between two marks; `--tables` writes them again from the stored reports.
 """
@@ -11,12 +11,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.family_cases import CASES
 from benchmarks.plain import RESULTS
 from benchmarks.process import run
 from examples.smollm2 import smollm2_gguf
-from export.audit import base, hidden, look_up
-from export.audit.attack import Finding
+from export.audit import base, hidden, images, look_up
+from export.audit.attack import Attack, Finding
 from export.audit.report import Report, percent, read_json
+from export.audit.run import ATTACKS as ALL
+from shared.levels import SCHEMES
 
 SECURITY = Path(__file__).resolve().parent.parent / "SECURITY.md"
 BEGIN, END = "<!-- figures: make bench-audit -->\n", "<!-- end of figures -->\n"
@@ -30,6 +33,13 @@ LEVELS = {  # column: scheme, head, dtype
 
 # Where a level differs from another in its dtype alone, what a dtype may change: look-ups, alignments, hidden states.
 ATTACKS = {"rotation, bf16": (*look_up.ATTACKS, *base.ATTACKS, *hidden.ATTACKS)}
+# Models of other kinds, by the names of their cases, and what is tried on them.
+QUICK = ("traffic-frequency", "known-text", *(one.name for one in look_up.ATTACKS), "base-sorted-entries", "base-norms")
+KINDS: dict[str, tuple[str, tuple[Attack, ...]]] = {
+    "minilm-23m": ("MiniLM-L6", tuple(one for one in ALL if one.name in QUICK)),
+    "vit-86m": ("ViT-B, random weights", images.ATTACKS),
+    "llava-173m": ("LLaVA, images, random weights", images.ATTACKS),
+}
 
 
 def main() -> None:
@@ -37,10 +47,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", action="store_true", help="write SECURITY.md's tables from the stored reports")
     parser.add_argument("--level", action="append", choices=LEVELS, help="audit this level alone (repeatable)")
+    parser.add_argument("--kind", action="append", choices=KINDS, help="audit this other model alone (repeatable)")
     options = parser.parse_args()
-    if not options.tables:
-        for level in options.level or LEVELS:
-            audit(level)
+    everything = not (options.tables or options.level or options.kind)
+    for level in LEVELS if everything else options.level or ():
+        audit(level)
+    for kind in KINDS if everything else options.kind or ():
+        audit_kind(kind)
     before, _, rest = SECURITY.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     SECURITY.write_text(before + BEGIN + tables(stored()) + END + after, encoding="utf-8")
@@ -59,6 +72,26 @@ def audit(level: str) -> None:
         path_of(level).write_bytes((out / "audit.json").read_bytes())
 
 
+def audit_kind(kind: str) -> None:
+    """The same for a model of another kind, under both schemes."""
+    case = next(case for case in CASES if case.name == kind)
+    chosen = [part for attack in KINDS[kind][1] for part in ("--attack", attack.name)]
+    with tempfile.TemporaryDirectory() as scratch:
+        model = case.checkpoint(Path(scratch) / "model")
+        for scheme in SCHEMES:
+            out = Path(scratch) / scheme
+            options = ["--scheme", scheme, "--dtype", "float32", "--name", "audited"]
+            run([sys.executable, "-m", "export", "model", model, "--out", out, *options])
+            run([sys.executable, "-m", "export", "audit", out, "--model", model, *chosen])
+            RESULTS.mkdir(exist_ok=True)
+            path_of_kind(kind, scheme).write_bytes((out / "audit.json").read_bytes())
+
+
+def path_of_kind(kind: str, scheme: str) -> Path:
+    """Where the report on a model of another kind is stored."""
+    return RESULTS / f"audit-{kind}-{scheme}.json"
+
+
 def path_of(level: str) -> Path:
     """Where a level's report is stored."""
     return RESULTS / f"audit-{'-'.join(LEVELS[level])}.json"
@@ -71,7 +104,7 @@ def stored() -> dict[str, Report]:
 
 def tables(reports: dict[str, Report]) -> str:
     """SECURITY.md between its marks."""
-    return "\n".join([_machines(reports), *_attacks(reports), "", *_details(reports), ""])
+    return "\n".join([_machines(reports), *_attacks(reports), "", *_details(reports), *_kinds(), ""])
 
 
 def _machines(reports: dict[str, Report]) -> str:
@@ -228,6 +261,25 @@ def _measures(report: Report) -> list[str]:
         "“Distance correlation” of vectors and their copies, by width (random normal vectors)",
         ["", *(f"{width:,}" for width in entries["widths"])],
         rows,
+    )
+
+
+def _kinds() -> list[str]:
+    """Every attack that was tried on another kind of model."""
+    columns = {
+        f"{label}: {scheme}": read_json(path_of_kind(kind, scheme).read_bytes())
+        for kind, (label, _) in KINDS.items()
+        for scheme in SCHEMES
+    }
+    tried = {finding.name: finding.title for report in columns.values() for finding in report.findings}
+    rows = []
+    for name, title in tried.items():
+        found = [next((one for one in report.findings if one.name == name), None) for report in columns.values()]
+        controls = [one.control for one in found if one is not None and one.control is not None]
+        cells = [percent(one.recovered) if one is not None else "–" for one in found]
+        rows.append([title, *cells, percent(min(controls))])
+    return _table(
+        "Other kinds of models, in float32 (–: not about such a model)", ["attack", *columns, "control"], rows
     )
 
 

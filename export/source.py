@@ -120,14 +120,19 @@ class FolderSource:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if not any((self.folder / name).exists() for name in TOKENIZER_FILES):
             raise SourceError(f"{self.folder}: no tokenizer", hint="copy tokenizer.json into the model's folder")
-        return AutoTokenizer.from_pretrained(self.folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder)
+        if tokenizer.chat_template is None:  # models that see may have it in a file of their processor's
+            tokenizer.chat_template = _json(self.folder / "chat_template.json").get("chat_template")
+        return tokenizer
 
     def end_ids(self) -> list[int]:
         ids = _as_list(self.config.get_text_config().eos_token_id) + _as_list(self._generation().get("eos_token_id"))
         return sorted(set(ids))
 
     def banned_ids(self) -> list[int]:
-        words = self._generation().get("bad_words_ids") or []
+        # Old checkpoints have it in their config, which transformers no longer reads it from.
+        settings = _json(self.folder / "config.json") | self._generation()
+        words = settings.get("bad_words_ids") or []
         return sorted({word[0] for word in words if len(word) == 1})
 
     def _generation(self) -> dict[str, Any]:
@@ -179,6 +184,7 @@ def _exact_dtype(dtypes: dict[str, str], folder: Path) -> torch.dtype:
 class GgufSource:
     """A GGUF file, dequantised one tensor at a time."""
 
+    STORED_ALIKE = ("llama", "qwen2", "qwen3")  # values as in safetensors, but for what follows
     # llama.cpp interleaves the rotary halves of these architectures' query and key rows.
     INTERLEAVED = ("llama",)
 
@@ -190,13 +196,15 @@ class GgufSource:
             reader = gguf.GGUFReader(path)
         except (ValueError, OSError, KeyError, IndexError) as error:
             raise SourceError(f"{path}: {error}", hint="truncated or not GGUF? download it again") from None
-        self.config = _config(path.parent, gguf_file=path.name)
-        family = family_of(self.config)
-        if family.kind != "decoder":
-            raise SourceError(f"{path}: seen the architecture {self.config.model_type!r}, wanted a decoder of text")
-        self.config.architectures = [family.served_class(self.config)]
-        self.tied = dict(empty_model(self.config).all_tied_weights_keys or {})
         self._architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
+        if self._architecture not in self.STORED_ALIKE:
+            raise SourceError(
+                f"{path}: seen the architecture {self._architecture!r}, wanted one of: {', '.join(self.STORED_ALIKE)}",
+                hint="llama.cpp stores others differently (Gemma's norms, GPT-2's projections): give the safetensors",
+            )
+        self.config = _config(path.parent, gguf_file=path.name)
+        self.config.architectures = [family_of(self.config).served_class(self.config)]
+        self.tied = dict(empty_model(self.config).all_tied_weights_keys or {})
         self._tensors = self._under_stock_names({tensor.name: tensor for tensor in reader.tensors})
         self.shapes = {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in self._tensors.items()}
         self.dtype = torch.float32  # dequantised values need it, and norm weights are stored in it

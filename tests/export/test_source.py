@@ -99,3 +99,30 @@ def test_a_folder_without_tokenizer_is_named(tiny_checkpoints: Callable[[str], P
             shutil.copy(path, tmp_path)
     with pytest.raises(SourceError, match="no tokenizer"):
         open_source(str(tmp_path)).tokenizer()
+
+
+def test_a_gguf_file_of_another_architecture_is_refused(smollm2_gguf: Path, tmp_path: Path) -> None:
+    # llama.cpp adds 1 to Gemma's norms, say: taken as they are they would be another model's.
+    other = tmp_path / "other.gguf"
+    other.write_bytes(smollm2_gguf.read_bytes().replace(b"llama", b"gemma"))
+    with pytest.raises(SourceError, match=r"other\.gguf: seen the architecture 'gemma', wanted one of: llama, qwen2"):
+        open_source(str(other))
+
+
+def test_a_chat_template_may_be_the_processor_s(tiny_checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_checkpoints("llava"), tmp_path / "llava")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    assert open_source(str(folder)).tokenizer().chat_template is None
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert open_source(str(folder)).tokenizer().chat_template == template
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_words_that_must_not_be_generated_are_read_from_where_they_stand(
+    file: str, tiny_checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_checkpoints("marian"), tmp_path / "marian")
+    settings = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps(settings | {"bad_words_ids": [[9], [4, 5], [3]]}))
+    assert open_source(str(folder)).banned_ids() == [3, 9]

@@ -4,8 +4,9 @@ The original is the stock model of transformers in float32. Ours are the two exp
 embeddings, hidden with its key, the cloud's checkpoint in the stock model, and results revealed with the key.
 
 A result is a row of logits over the vocabulary or the classes or, of a model without a classifier, a hidden state. Its
-class is the greatest entry; where the original's two greatest are no further apart than twice the greatest difference,
-it is a tie, and either may come first. Σ|diff| is the sum over a result's entries of |ours − original|, averaged over all results.
+class is the greatest entry. Another class is excused only at a tie: where the original's two greatest entries are no
+further apart than twice the greatest difference, which is the last column. Σ|diff| is the sum over a result's entries
+of |ours − original|, averaged over all results.
 """
 
 from __future__ import annotations
@@ -208,12 +209,10 @@ def lines(figures: dict[str, Any]) -> list[str]:
     for case in CASES:
         if (row := figures.get(case.name)) is None:
             continue
-        share = "100 %"
+        share = "100 %" if tied(row) else f"{row['same_class']:,} of {row['results']:,}"
         if row["differing"]:
-            share = f"{row['same_class']:,} of {row['results']:,}"
             margins = ", ".join(f"{margin:.1e}" for margin in row["differing"][:5])
-            share += (", the other at a tie" if len(row["differing"]) == 1 else ", the others at ties") * tied(row)
-            share += f" (margin {margins})"
+            share += f", {len(row['differing'])} of them excused: margin {margins}" if tied(row) else f" ({margins})"
         rows.append(
             f"| {case.family} {case.size} | {row['weights']} | {row['results']:,} {row['kind']} | "
             f"{row['sum_of_differences']:.1e} | {case.paper or '–'} | {row['max_difference']:.1e} | "

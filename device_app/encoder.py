@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A class and how probable it is, from 0 to 1."""
+    """A class and how probable it is, from 0 to 1: among all classes, or by itself where several may hold; of a model
+    that was trained to give scores, the score."""
 
     label: str
     probability: float
@@ -174,9 +175,17 @@ class Encoder:
         return self._connection.results(embeddings, want)
 
     def _predictions(self, logits: Array) -> list[Prediction]:
-        """Softmax, sorted; equal ones in the model's order."""
-        masses = np.exp(logits.astype(np.float64) - logits.max())
-        probabilities = masses / masses.sum()
+        """Sorted; equal ones in the model's order."""
+        probabilities = _probabilities(logits.astype(np.float64), self.bundle.manifest.activation)
         labels = self.bundle.manifest.labels
         order = np.argsort(-probabilities, kind="stable")
         return [Prediction(labels[at], float(probabilities[at])) for at in order]
+
+
+def _probabilities(logits: Array, activation: str) -> Array:
+    if activation == "none":
+        return logits
+    if activation == "sigmoid":
+        return 0.5 + 0.5 * np.tanh(0.5 * logits)  # the same as 1 / (1 + exp(−x)), and never overflows
+    masses: Array = np.exp(logits - logits.max())
+    return masses / masses.sum()

@@ -45,7 +45,10 @@ class Prompter:
                 hint="its model continues text: use complete(), or -p at the terminal",
             )
         text = self._bundle.template.render([turn.shown for turn in turns])
-        return self._with_images(self._bundle.tokenizer.encode(text), [one for turn in turns for one in turn.images])
+        ids, prefix = self._bundle.tokenizer.encode(text), self._bundle.manifest.prefix_ids
+        if self._bundle.manifest.kind == "vision-decoder" and ids[: len(prefix)] != prefix:
+            ids = prefix + ids  # templates of processors leave it to the tokenizer, those of tokenizers have it
+        return self._with_images(ids, [one for turn in turns for one in turn.images])
 
     def text_ids(self, text: str) -> list[int]:
         """The ids of plain text, with what the tokenizer puts before it."""

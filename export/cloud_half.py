@@ -122,18 +122,18 @@ def cloud_config(config: PretrainedConfig, family: Family, dtype: torch.dtype) -
 
 
 def _settings(config: PretrainedConfig) -> dict[str, Any]:
-    known = type(config)().to_dict().keys()
+    known = {*type(config)().to_dict(), "head_dim"}  # which Qwen3-MoE's config has only where it is given
     kept: dict[str, Any] = {}
     for key, value in config.to_dict().items():
         part = getattr(config, key, None)
         if isinstance(part, PretrainedConfig):  # of one of several models in one
             kept[key] = _settings(part) | {"model_type": part.model_type, "tie_word_embeddings": False}
         elif (
-            # Numbers that not every config of the class has are settings too: Qwen3-MoE's head_dim.
-            (key in known or isinstance(value, int | float))
+            key in known
             and not key.startswith("_")
             and not key.endswith(("_token_id", "_token_ids", "_token_index"))
             and "label" not in key
+            and key != "extra_pos_embeddings"  # Marian's is a token id in disguise
         ):
             kept[key] = value
     # Written out as null, so that the stock class does not put its own defaults there.

@@ -12,7 +12,7 @@ import torch
 from export.check import IMAGE_AT, POSITIONS, Samples, folded_gain, has_pooler, original, sample_ids
 from export.classifier import export_classifier
 from export.embedding import Patches, export_embedding, export_image
-from export.families import Family, ImageInput
+from export.families import Family, ImageInput, longest
 from export.scheme import Head, Scheme
 from export.source import Source
 from export.tokenizer import export_tokenizer
@@ -54,6 +54,7 @@ def write_device(
             for name in ("residual", *(() if key.encoder is None else ("encoder",)))
         },
         "labels": _labels(config, key.vocab_size) if family.kind in ("encoder", "image-encoder") else [],
+        "activation": _activation(config) if family.kind in ("encoder", "image-encoder") else "softmax",
         "tokenizer": "none",
         "tokenizer_proof": "this model takes no text",
         "prefix_ids": [],
@@ -79,7 +80,7 @@ def _write_text(source: Source, family: Family, dtype: torch.dtype, folder: Path
     positions = None if text.positions is None else text.positions(config, lambda name: read(name).float())
     table = read(text.table)
     export_embedding(table, folder, scale=text.scale(config), positions=positions)
-    context = config.get_text_config().max_position_embeddings if positions is None else len(positions)
+    context = longest(config) if positions is None else len(positions)
     tokenizer = source.tokenizer()
     report = export_tokenizer(tokenizer, folder)
     if tokenizer.chat_template:
@@ -106,7 +107,8 @@ def _write_text(source: Source, family: Family, dtype: torch.dtype, folder: Path
         half.samples = Samples(ids, ids[:, ::-1].copy())
     else:
         # Class logits are a row a sequence.
-        half.samples = Samples(ids.reshape(-1, len(ids[0]) // 8) if half.described["labels"] else ids)
+        short = max(1, len(ids[0]) // 8)
+        half.samples = Samples(ids[:, : 8 * short].reshape(-1, short) if half.described["labels"] else ids)
 
 
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -198,6 +200,14 @@ def _write_classifier(source: Source, family: Family, scheme: Scheme, dtype: tor
     )
 
 
+def _activation(config: Any) -> str:
+    """What the stock pipelines make of class logits: one class of several, several at once, or a score."""
+    if config.problem_type == "regression":
+        return "none"
+    several = config.problem_type == "multi_label_classification" or config.num_labels == 1
+    return "sigmoid" if several else "softmax"
+
+
 def _labels(config: Any, classes: int) -> list[str]:
     return [str(config.id2label[number]) for number in range(classes)]
 
@@ -216,6 +226,6 @@ def _outputs(source: Source, family: Family, described: dict[str, Any]) -> dict[
     return {
         "outputs": [*outputs, "logits"] if described["labels"] else outputs,
         "context": min(described["context"], settings.get("max_seq_length") or described["context"]),
-        "pooling": pooling,
+        "pooling": pooling if settings else None,  # a model that was not trained for sentences has none
         "normalize": bool(settings.get("normalize", False)),
     }

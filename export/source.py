@@ -111,11 +111,12 @@ class FolderSource:
         self.config.architectures = [family.served_class(self.config)]
         shards = Shards(folder)
         names = StockNames(self.config, shards.shapes, shards.read)
-        self.shapes, self.tied, self.read = names.shapes, names.tied, names.read
-        kept = [name for name in self.shapes if not isinstance(family.axes(name), Dropped)]
-        self.dtype = _exact_dtype(
-            {stored: shards.dtypes[stored] for name in kept for stored in names.stored(name)}, folder
-        )
+        self.tied, self.read = names.tied, names.read
+        # Every tensor must be in the table; what the stock model of this config has no place for, it does not load.
+        needed = [name for name in names.shapes if not isinstance(family.axes(name), Dropped) and name in names.known]
+        self.shapes = {name: names.shapes[name] for name in needed}
+        stored = [one for name in needed for one in names.stored(name)]
+        self.dtype = _exact_dtype({name: shards.dtypes[name] for name in stored}, folder)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if not any((self.folder / name).exists() for name in TOKENIZER_FILES):

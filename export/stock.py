@@ -49,6 +49,7 @@ class StockNames:
         self._read = read
         self._model = model = empty_model(config)
         stock: dict[str, torch.Tensor] = model.state_dict()
+        self.known = frozenset(stock)  # names of the stock model's tensors
         self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
         self._parts = _matched(model, stock, shapes)
         self.shapes: dict[str, tuple[int, ...]] = {

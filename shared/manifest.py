@@ -80,6 +80,7 @@ class DeviceManifest(Manifest, frozen=True, kw_only=True, tag_field="format", ta
     encoder_size: int = 0  # width of image patches or source embeddings, where a decoder reads an encoder
     encoder_context: int = 0  # rows of every image, or of the longest source sequence
     labels: list[str] = []  # names of the classes, where the model has any
+    activation: Literal["softmax", "sigmoid", "none"] = "softmax"  # from class logits to probabilities, or scores
     outputs: list[Literal["hidden", "pooled", "logits"]] = []  # what an encoder can be asked for
     pooling: Literal["mean", "first"] | None = None  # how hidden states become one vector of a sentence
     normalize: bool = False  # whether that vector is brought to length 1

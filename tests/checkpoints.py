@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -231,12 +232,24 @@ def make_checkpoint(
     model = stock_model(config)
     randomise(model)
     model.to(dtype).save_pretrained(folder, max_shard_size=shards)
+    if kind == "bert":
+        write_sentence_settings(folder)
     family = family_of(config)
     if family.text is not None:
         tiny_tokenizer(LOOKING_TEMPLATE if family.image is not None else TEMPLATE).save_pretrained(folder)
     if family.image is not None:
         image_processor(config, family.image.config(config).image_size).save_pretrained(folder)
     return folder
+
+
+def write_sentence_settings(folder: Path, *, cls: bool = False) -> None:
+    """What sentence-transformers writes beside an encoder that was trained for vectors of sentences."""
+    kinds = ("Transformer", "Pooling", "Normalize")
+    modules = [{"type": f"sentence_transformers.models.{kind}"} for kind in kinds]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    pooling = {"pooling_mode_cls_token": cls, "pooling_mode_mean_tokens": not cls}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
 
 
 def stock_model(config: PretrainedConfig) -> Any:

@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 from export.families.decoders import GEMMA, GEMMA2, GPT2, LLAMA, OPT, PHI, PHI3
 from export.families.encoders import BERT, DISTILBERT, ROBERTA
 from export.families.experts import MIXTRAL, QWEN_MOE
-from export.families.family import Family, ImageInput, Read, TextInput, normalized
+from export.families.family import Family, ImageInput, Read, TextInput, longest, normalized, unsupported_rotation
 from export.families.translation import MARIAN
 from export.families.vision import LLAVA, VIT
 from export.progress import listed
@@ -31,7 +31,7 @@ FAMILIES: tuple[Family, ...] = (
     MARIAN,
 )
 
-__all__ = ["FAMILIES", "LLAMA", "Family", "ImageInput", "Read", "TextInput", "family_of", "normalized"]
+__all__ = ["FAMILIES", "LLAMA", "Family", "ImageInput", "Read", "TextInput", "family_of", "longest", "normalized"]
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -39,7 +39,7 @@ def family_of(config: PretrainedConfig) -> Family:
     does not fit its table."""
     for family in FAMILIES:
         if config.model_type in family.model_types:
-            if reason := family.unsupported(config):
+            if reason := family.unsupported(config) or unsupported_rotation(config):
                 raise FamilyError(f"architecture {config.model_type!r}: {reason}")
             return family
     supported = listed((name for family in FAMILIES for name in family.model_types), most=40)

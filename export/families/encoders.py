@@ -79,7 +79,7 @@ BERT = Family(
     structures=lambda config: _structures(config, config.intermediate_size),
     text=_text("embeddings.", 0),
     prefix="bert.",
-    optional="pooler.",
+    optional=("pooler.",),
     tried="MiniLM-L6, random weights",
     unsupported=_unsupported,
 )
@@ -106,7 +106,7 @@ ROBERTA = Family(
     text=_text("embeddings."),  # positions count from behind the padding's
     settings={"pad_token_id": 0},  # which they count from in the cloud too, over a table of zeros
     prefix="roberta.",
-    optional="pooler.",
+    optional=("pooler.",),
     unsupported=_unsupported,
 )
 

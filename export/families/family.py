@@ -57,7 +57,7 @@ class Family:
     image: ImageInput | None = None
     classifier: str | None = None  # the matrix that gives logits over `vocab`
     prefix: str = ""  # names may begin with it: a model inside one with a head
-    optional: str = "-"  # names that begin with it may be missing: masked language models have no pooler
+    optional: tuple[str, ...] = ()  # names that begin so may be missing: masked language models have no pooler
     unsupported: Callable[[PretrainedConfig], str | None] = lambda config: None  # why a config does not fit the table
     settings: Mapping[str, Any] | None = None  # of the config that differ in the cloud, as devices do that part
     computed: Mapping[str, Callable[[Any], torch.Tensor]] | None = None  # parameters that no checkpoint stores
@@ -110,6 +110,31 @@ class Family:
                 hint="its head has no row in the table: export the model without it, or add rows",
             )
         return self.classes[named]
+
+
+def longest(config: Any) -> int:
+    """Positions of a decoder's text that the cloud computes as the stock model does.
+
+    LongRoPE (Phi-3, 128k) takes other frequencies once a text is longer than the original context, for all of its
+    positions: keys that are cached would have the wrong ones. So such a model has its original context here.
+    """
+    text = config.get_text_config()
+    original = [one["original_max_position_embeddings"] for one in _rotations(text) if one["rope_type"] == "longrope"]
+    return int(min([text.max_position_embeddings, *original]))
+
+
+def _rotations(config: Any) -> list[Any]:
+    """The settings of rotary positions: one for all layers, or one for each type of layer."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    each = [settings] if "rope_type" in settings else [one for one in settings.values() if isinstance(one, dict)]
+    return [{"original_max_position_embeddings": config.max_position_embeddings} | one for one in each]
+
+
+def unsupported_rotation(config: Any) -> str | None:
+    """Why the cloud could not compute a model's rotary positions as the stock model does."""
+    if any(one["rope_type"] == "dynamic" for one in _rotations(config.get_text_config())):
+        return "rope_type: seen 'dynamic', whose frequencies depend on the length so far, wanted fixed ones"
+    return None
 
 
 def normalized(config: PretrainedConfig) -> Any:

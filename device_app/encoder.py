@@ -186,6 +186,8 @@ def _probabilities(logits: Array, activation: str) -> Array:
     if activation == "none":
         return logits
     if activation == "sigmoid":
-        return 0.5 + 0.5 * np.tanh(0.5 * logits)  # the same as 1 / (1 + exp(−x)), and never overflows
+        alone: Array = 0.5 + 0.5 * np.tanh(0.5 * logits)  # the same as 1 / (1 + exp(−x)), and never overflows
+        return alone
     masses: Array = np.exp(logits - logits.max())
-    return masses / masses.sum()
+    shares: Array = masses / masses.sum()
+    return shares

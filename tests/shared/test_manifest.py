@@ -100,7 +100,7 @@ def test_an_edited_field_is_found(device: Path, name: str) -> None:
     image = {"height": 8, "width": 8, "resize": 8, "resample": 3, "patches": 4}
     choices: dict[str, Any] = {"dtype": "float16", "tokenizer": "onnx", "head": "device", "kind": "encoder"}
     choices |= {"labels": ["cat"], "outputs": ["hidden"], "pooling": "mean", "image": image}
-    choices |= {"streams": {"residual": "rotation"}}
+    choices |= {"streams": {"residual": "rotation"}, "activation": "sigmoid"}
     edit(path, **{name: choices.get(name, values[type(value)])})
     with pytest.raises(BundleError, match="does not fit its digest, so it was edited"):
         read_manifest(device, DeviceManifest)

@@ -29,9 +29,11 @@ from transformers import AutoImageProcessor
 from benchmarks.family_cases import CASES, Case
 from benchmarks.plain import RESULTS, machine
 from export.bundle import export_model
-from export.check import IMAGE_AT, TOLERANCE, Samples, has_pooler, original, written_rows
+from export.check import TOLERANCE, written_rows
 from export.families import Family, family_of
+from export.original import has_pooler, original
 from export.outputs import plain
+from export.samples import IMAGE_AT, Samples
 from export.source import Source, open_source
 from export.streaming import streamed
 from shared.wire import Array

@@ -11,7 +11,7 @@ in 16 bits the map is checked before it is rounded, and what rounding costs is m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -22,8 +22,10 @@ from transformers import AutoConfig, PretrainedConfig
 
 from export.classifier import CLASSIFIER
 from export.embedding import IMAGE
-from export.families import Family, Read
-from export.outputs import Inputs, Sent, from_sent, hidden_from_sent, plain
+from export.families import Family
+from export.original import folded_gain, has_pooler, original
+from export.outputs import Sent, from_sent, hidden_from_sent, plain
+from export.samples import IMAGE_AT, Samples
 from export.scheme import Head, Scheme
 from export.shards import Shards
 from export.source import Source
@@ -33,8 +35,6 @@ from shared.errors import EquivalenceError
 from shared.key import UserKey
 from shared.wire import Array
 
-POSITIONS = 64  # a sequence
-IMAGE_AT = 2  # where an image stands in a sample of text
 # Permuted sums round differently. Through 30 layers of float32 that was 5e-6 of the largest logit; ten times it fails.
 TOLERANCE = 1e-4
 # Rounded new values, in units of roundoff of the largest logit: mean and greatest difference. SmolLM2 came to 0.5 and 4
@@ -53,55 +53,6 @@ class Check(msgspec.Struct, frozen=True):
     same_top_token: int  # of `positions`
     near_ties: int  # top tokens that differ where the original's margin is below twice max_difference
     rounded: bool = False  # whether the differences are those of storing new values in 16 bits
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """What both models are tried on. ids, target: [sequences, positions]; images: uint8 [images, height, width, 3], and
-    the same as the stock model takes them; image_tokens: positions of the text that stand for each image."""
-
-    ids: np.ndarray | None = None
-    target: np.ndarray | None = None
-    images: np.ndarray | None = None
-    pixels: torch.Tensor | None = None
-    image_tokens: int = 0
-
-    def inputs(self) -> Inputs:
-        """The same for the stock model."""
-        ids, target = (None if given is None else torch.from_numpy(given) for given in (self.ids, self.target))
-        return Inputs(ids, target, self.pixels)
-
-
-def sample_ids(vocab_size: int, text_ids: list[int], positions: int = POSITIONS) -> np.ndarray:
-    """Two sequences [2, positions]: text (repeated to length), and ids drawn evenly from the whole vocabulary."""
-    even = np.random.default_rng(0).integers(0, vocab_size, positions)
-    text = np.resize(text_ids, positions) if text_ids else even[::-1]
-    return np.stack([text, even]).astype(np.int64)
-
-
-def original(source: Source, family: Family, dtype: torch.dtype) -> Read:
-    """Reads the stock model's tensors, rounded to `dtype`: shared and computed ones too, which no checkpoint stores."""
-
-    def read(name: str) -> torch.Tensor:
-        stored = stored_name(source, family, name)
-        if stored is None:
-            return (family.computed or {})[name](source.config)
-        return source.read(stored).to(dtype)
-
-    return read
-
-
-def has_pooler(source: Source) -> bool:
-    """Whether the checkpoint can give pooled vectors, as not every encoder's can."""
-    return any(name.split(".")[-3:-2] == ["pooler"] for name in source.shapes)
-
-
-def stored_name(source: Source, family: Family, name: str) -> str | None:
-    """The name under which the source holds a tensor: its own, with the family's prefix or not, or that of the one it
-    is tied to."""
-    while name not in source.shapes and name in source.tied:
-        name = source.tied[name]
-    return next((known for known in (name, family.prefix + name) if known in source.shapes), None)
 
 
 def check_equivalence(
@@ -194,15 +145,6 @@ def _check_before_rounding(
             f"{largest:.1f}, wanted at most {TOLERANCE:.0e} of it",
             hint="nothing was written; this is a defect of the table or the scheme, please report it",
         )
-
-
-def folded_gain(source: Source, family: Family, scheme: Scheme) -> torch.Tensor | None:
-    """The last norm's gain [hidden_size] in float32, where the scheme took it out of the norm."""
-    assert family.classifier is not None
-    axes = family.axes(family.classifier)
-    assert isinstance(axes, tuple)
-    axis = scheme.folded(axes)
-    return None if axis is None else source.read(axis.gain).float() + axis.offset
 
 
 def written_rows(

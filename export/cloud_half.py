@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from export.check import stored_name
 from export.families import Family
+from export.original import stored_name
 from export.progress import bar, listed
 from export.scheme import Head, Scheme
 from export.shards import TensorPlan, plan_shards, write_index, write_shard

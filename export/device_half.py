@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from export.check import IMAGE_AT, POSITIONS, Samples, folded_gain, has_pooler, original, sample_ids
 from export.classifier import export_classifier
 from export.embedding import Patches, export_embedding, export_image
 from export.families import Family, ImageInput, longest
+from export.original import folded_gain, has_pooler, original
+from export.samples import IMAGE_AT, POSITIONS, Samples, sample_ids
 from export.scheme import Head, Scheme
 from export.source import Source
 from export.tokenizer import export_tokenizer

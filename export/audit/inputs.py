@@ -10,9 +10,10 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from export.check import original, run_onnx
+from export.check import run_onnx
 from export.embedding import IMAGE
 from export.families import Family
+from export.original import original
 from export.source import Source
 from shared.key import Index
 from shared.manifest import DeviceManifest

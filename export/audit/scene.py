@@ -24,9 +24,9 @@ from export.audit.inputs import (
     public_tokens,
 )
 from export.bundle import DTYPES
-from export.check import stored_name
 from export.cloud_half import plan_cloud
 from export.families import Family, family_of
+from export.original import stored_name
 from export.permutation import Permutation
 from export.scheme import Read, fold
 from export.shards import Shards

@@ -12,8 +12,9 @@ import torch
 
 from export import bundle
 from export.bundle import export_model
-from export.check import ROUNDING_TOLERANCE, Check, sample_ids
+from export.check import ROUNDING_TOLERANCE, Check
 from export.rotation import Blocks, Rotation, Scaled
+from export.samples import sample_ids
 from export.scheme import Head, random_permutation
 from export.spaces import After, Gain
 from shared.errors import EquivalenceError

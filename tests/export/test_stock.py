@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, DistilBertConfig, PretrainedConfig, RobertaConfig, XLMRobertaConfig
 
 from export.bundle import export_model
-from export.check import original, stored_name
 from export.families import family_of
+from export.original import original, stored_name
 from export.source import Source, open_source
 from export.spaces import Dropped
 from shared.errors import SourceError

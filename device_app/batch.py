@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from device_app.assistant import DESCRIBE, Assistant
-from device_app.chat import note
 from device_app.counters import Counters
 from device_app.encoder import Encoder, Prediction
 from device_app.options import opened
+from device_app.terminal import note
 from device_app.text import one_line, printable
 from shared.errors import RefusedError, StipError, UsageError
 from shared.levels import limit

@@ -14,6 +14,7 @@ from typing import Any
 from device_app.assistant import Answer, Assistant, Stats
 from device_app.options import opened
 from device_app.sampler import Sampling
+from device_app.terminal import note
 from shared.errors import BundleError, CloudError, UsageError
 from shared.levels import limit
 
@@ -171,9 +172,3 @@ def summary(stats: Stats) -> str:
         f" | left the device: {counters.vectors_up} permuted vectors ({counters.bytes_up / 1024:.0f} KiB), no text"
         f" | came back: {counters.bytes_down / 1024:.0f} KiB of {answers}"
     )
-
-
-def note(text: str) -> None:
-    """Whatever is not the answer goes to stderr, dim where the terminal can and NO_COLOR does not forbid it."""
-    dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    print(f"\x1b[2m{text}\x1b[0m" if dim else text, file=sys.stderr, flush=True)

@@ -27,8 +27,8 @@ def opened(arguments: argparse.Namespace) -> dict[str, Any]:
     """The bundle, the cloud's address and the token, as `Assistant` and `Encoder` take them, with a callback that
     tells of a lost connection. What the export warns of is said."""
     from device_app.bundle import Bundle
-    from device_app.chat import note
     from device_app.connection import Address
+    from device_app.terminal import note
 
     address = Address(arguments.url, arguments.ca, arguments.insecure)
     bundle = Bundle.open(arguments.folder)

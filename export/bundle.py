@@ -21,7 +21,8 @@ from export.cloud_half import plan_cloud, used_structures, write_cloud
 from export.device_half import write_device
 from export.families import Family, family_of
 from export.progress import bar
-from export.scheme import Head, SchemeName, draw
+from export.scheme import Head, SchemeName
+from export.schemes import draw
 from export.source import Source, open_source
 from shared.errors import ExportError
 from shared.key import new_key_id

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
-from export.spaces import After, Axis, Each, Fixed, Gain, Shift, Structure, of_each, spaces_of
+from export.spaces import After, Axis, Each, Fixed, Gain, Shift, of_each, spaces_of
 from shared.errors import FamilyError
 from shared.key import Index, UserKey
 from shared.wire import Array
@@ -53,15 +53,6 @@ class Scheme(Protocol):
 
     def user_key(self, key_id: str, *, head: Literal["cloud", "device"] = "cloud") -> UserKey:
         """What a device needs; the rest stays with the developer and is not stored at all."""
-
-
-def draw(name: SchemeName, structures: Iterable[Structure], random_bytes: RandomBytes = os.urandom) -> Scheme:
-    """The scheme `name` with fresh secrets for every space in `structures`."""
-    from export.permutation import Permutation
-    from export.rotation import Rotation
-
-    kinds: dict[SchemeName, type[Permutation] | type[Rotation]] = {"permutation": Permutation, "rotation": Rotation}
-    return kinds[name](structures, random_bytes)
 
 
 def act_on_axes(name: str, tensor: torch.Tensor, axes: tuple[Axis, ...], secrets: Mapping[str, Secret]) -> torch.Tensor:

@@ -27,7 +27,8 @@ from export.cloud_half import plan_cloud, used_structures, write_cloud
 from export.device_half import write_device
 from export.families import Family, family_of
 from export.outputs import from_sent, plain
-from export.scheme import SchemeName, draw
+from export.scheme import SchemeName
+from export.schemes import draw
 from export.source import open_source
 from export.spaces import After, Axis, Each, Features, Fixed, Fused, Gain, Gated, Heads, Shift, Structure, spaces_of
 from shared.errors import EquivalenceError, FamilyError

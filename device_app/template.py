@@ -8,9 +8,23 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from shared.errors import BundleError
+
+
+class _Generation(Extension):
+    """{% generation %} … {% endgeneration %}, which marks what an assistant said, for training: its body as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)  # what is set inside ends there, as in transformers
 
 
 class ChatTemplate:
@@ -18,7 +32,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
@@ -37,7 +51,11 @@ class ChatTemplate:
         """
         try:
             return self._template.render(
-                messages=[dict(message) for message in messages], add_generation_prompt=True, **self._special_tokens
+                messages=[dict(message) for message in messages],
+                tools=None,  # none, but defined: templates ask whether they are none
+                documents=None,
+                add_generation_prompt=True,
+                **self._special_tokens,
             )
         except Exception as error:  # whatever a template does wrong, dividing by zero and endless recursion included
             # The text of an error can quote the conversation, unless it stands in the template; its kind cannot.
@@ -51,6 +69,12 @@ def _refuse(message: str) -> NoReturn:
     raise jinja2.exceptions.TemplateRuntimeError(message)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    # Jinja's own filter escapes for HTML, which changes prompts.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes for HTML, which changes prompts. Names and order are those of transformers' filter.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -33,6 +33,30 @@ DEMANDING = """{{ bos_token }}
 {% endfor %}
 {% if add_generation_prompt %}[ASSISTANT]{% endif %}
 """
+# As models write them that were trained with TRL: what the assistant said is marked, and may stand in a loop.
+MARKED = """{%- set said = 'outside' -%}
+{% for message in messages %}
+    {% if message.role == 'assistant' %}
+        {%- generation -%}
+        {% set said = 'inside' %}
+        {{- '<' ~ message.content ~ said ~ loop.index ~ '>' }}
+        {% endgeneration %}
+    {% else %}
+{{ message.role }}: {{ message.content }}{{ said }}
+    {% endif %}
+{% endfor %}
+{% if add_generation_prompt %}{% generation %}{% endgeneration %}assistant:{% endif %}
+"""
+JSON = """{% for message in messages %}
+{{ message | tojson }}
+{{ message | tojson(indent=2) }}
+{{ message | tojson(ensure_ascii=True, sort_keys=True) }}
+{{ message | tojson(separators=(',', ':')) }}
+{{ message | tojson(true, 4, (', ', '='), true) }}
+{% endfor %}"""
+TOOLS = """{% if tools is not none %}{{ tools | length }} tools{% endif %}
+{% if documents is none and tools is defined %}no documents{% endif %}
+{{ messages[-1].content }}"""
 CONVERSATION = [
     {"role": "system", "content": "Be <brief> & kind."},
     {"role": "user", "content": "  Grüße, 世界! 'quoted' \"twice\" {{ 1 + 1 }} "},
@@ -55,7 +79,11 @@ def test_smollm2_is_given_our_system_prompt_instead() -> None:
     )
 
 
-@pytest.mark.parametrize("source", [SMOLLM2, DEMANDING, TEMPLATE], ids=["smollm2", "demanding", "tiny"])
+@pytest.mark.parametrize(
+    "source",
+    [SMOLLM2, DEMANDING, TEMPLATE, MARKED, JSON, TOOLS],
+    ids=["smollm2", "demanding", "tiny", "marked", "json", "tools"],
+)
 @pytest.mark.parametrize("turns", [2, 3, 4])
 def test_prompts_are_those_of_transformers(source: str, turns: int) -> None:
     tokenizer = tiny_tokenizer()
@@ -136,7 +164,10 @@ def test_a_template_that_fails_is_a_bundle_error_with_a_hint(broken: str) -> Non
     assert raised.value.hint
 
 
-@pytest.mark.parametrize("broken", ["{% if %}", "{{ open", "{% nonsense %}", "{% endfor %}", "{{ 'a' | no_filter }}"])
+@pytest.mark.parametrize(
+    "broken",
+    ["{% if %}", "{{ open", "{% nonsense %}", "{% endfor %}", "{% generation %}", "{{ 'a' | no_filter }}"],
+)
 def test_a_template_that_is_none_is_a_bundle_error(broken: str) -> None:
     with pytest.raises(BundleError, match=r"^chat template: "):
         ChatTemplate(broken, {})

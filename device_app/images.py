@@ -25,6 +25,8 @@ MOST_BYTES = 128 * 2**20  # of a file
 MOST_PIXELS = 64 * 2**20  # of an image, as it is stored and when its shorter side was resized
 # Not those that start other programs (EPS), take any bytes for an image (TGA), or hold others within (ICO).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+TILE = 1024  # pixels of a side, where an image is worked on in parts
+GREYS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # 16 bits of grey in 8, rounded
 ORIENTATION = 0x0112  # EXIF's tag (CIPA DC-008 §4.6.4), and what brings each of its values upright
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -123,11 +125,8 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     """8 bits of red, green and blue; what is transparent lies on white."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
-    if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits of grey
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise UsageError(f"{name}: seen grey values beyond 16 bits, wanted 8 or 16")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _rgb_of_16_bits(image, name)
     if image.mode == "F":
         raise UsageError(f"{name}: seen grey values in floating point, wanted 8 or 16 bits")
     if image.has_transparency_data:
@@ -135,6 +134,19 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, seen).convert("RGB")
     return image.convert("RGB")
+
+
+def _rgb_of_16_bits(image: Image.Image, name: str) -> Image.Image:
+    """Of 16 bits of grey, tile by tile: a small file can hold a large image, and numpy looks up by 64-bit indices."""
+    plain = Image.new("RGB", image.size)
+    for top in range(0, image.height, TILE):
+        for left in range(0, image.width, TILE):
+            box = (left, top, min(left + TILE, image.width), min(top + TILE, image.height))
+            values = np.asarray(image.crop(box))
+            if values.min() < 0 or values.max() > 0xFFFF:  # of mode I
+                raise UsageError(f"{name}: seen grey values beyond 16 bits, wanted 8 or 16")
+            plain.paste(Image.fromarray(GREYS[values]), box)
+    return plain
 
 
 def _fitted(image: Image.Image, wanted: ImageFormat, name: str) -> Array:

@@ -6,6 +6,8 @@ import io
 import os
 import socket
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -154,6 +156,27 @@ def test_16_bits_as_whole_numbers_are_scaled_too_and_more_are_refused() -> None:
             pixels(Image.fromarray(wrong), PLAIN)
     with pytest.raises(UsageError, match="floating point"):
         pixels(Image.fromarray(np.zeros((8, 8), np.float32)), PLAIN)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1025, 3), (3, 1025), (1024, 1024), (2100, 1100)], ids=str)
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_16_bits_of_grey_are_rounded_everywhere(size: tuple[int, int], dtype: type) -> None:
+    values = np.random.default_rng(1).integers(0, 65536, size[::-1])
+    seen = np.asarray(open_image(Image.fromarray(values.astype(dtype))))
+    assert np.array_equal(seen, np.repeat(((values + 128) // 257)[..., None], 3, -1))
+
+
+def test_a_small_file_with_a_large_image_of_16_bits_takes_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "large.png"
+    sixteen(np.zeros((8191, 8192))).save(path)  # 128 MiB decoded, 256 MiB in RGB
+    measure = (
+        "import re, sys; from pathlib import Path; from device_app.images import open_image; "
+        "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1]); "
+        "before = peak(); open_image(sys.argv[1]); print((peak() - before) / 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", measure, str(path)], capture_output=True, text=True, check=True)
+    assert path.stat().st_size < 2**20
+    assert 380 < float(done.stdout) < 440  # MiB
 
 
 def see_through(mode: str) -> Image.Image:

@@ -47,9 +47,12 @@ class Stip:
     """The three parties, up to revealed rows."""
 
     def __init__(self, bundle: Bundle, url: str) -> None:
-        session = Session(bundle.key, bundle.embed, served_name=bundle.manifest.served_name, classify=bundle.classify)
+        manifest = bundle.manifest
+        session = Session(
+            bundle.key, bundle.embed, bundle.classify, served_name=manifest.served_name, context=manifest.context
+        )
         self.connection = Connection(session, Address(url))
-        self.vocab_size = bundle.manifest.vocab_size
+        self.vocab_size = manifest.vocab_size
         self.drawn = self.fetched = 0
 
     def answer(self, prompt: list[int], sampling: Sampling, top_k: int) -> tuple[list[int], list[Row]]:

@@ -100,6 +100,7 @@ class Assistant:
             bundle.embed,
             bundle.classify,
             served_name=bundle.manifest.served_name,
+            context=bundle.manifest.context,
             widths=bundle.widths,
             token=token,
         )

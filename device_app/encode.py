@@ -68,8 +68,8 @@ class EncoderSession(Opening):
         token: str | None = None,
         counters: Counters | None = None,
     ) -> None:
-        """context: embeddings of the longest sequence that will be asked about."""
-        super().__init__(key, NO_ENCODER, served_name=served_name, token=token, counters=counters)
+        """context: embeddings of the longest sequence that the bundle is made for."""
+        super().__init__(key, NO_ENCODER, served_name=served_name, context=context, token=token, counters=counters)
         self._most_values = max(MOST_VECTORS, context) * key.hidden_size  # of a reply
         self._question: _Question | None = None
         self._unsent: deque[tuple[int, int]] = deque()  # ranges of sequences

@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import msgspec
 import numpy as np
 
 from device_app.counters import Counters
@@ -36,10 +37,21 @@ NO_ENCODER = Widths()
 
 
 class Opening:
-    """A session up to its first request. `outbox` holds frames to send, in order; `opened` what the cloud said."""
+    """A session up to its first request. `outbox` holds frames to send, in order; `opened` what the cloud said.
+
+    `opened.context` is the smaller of the cloud's and the bundle's, which differ where the cloud's model could take
+    more than it was made for. The device's table of positions ends with the bundle's, whatever a cloud says.
+    """
 
     def __init__(
-        self, key: UserKey, widths: Widths, *, served_name: str, token: str | None, counters: Counters | None
+        self,
+        key: UserKey,
+        widths: Widths,
+        *,
+        served_name: str,
+        context: int,
+        token: str | None,
+        counters: Counters | None,
     ) -> None:
         self.counters = counters or Counters()
         self.outbox: deque[bytes] = deque()
@@ -48,6 +60,7 @@ class Opening:
         self._key = key
         self._widths = widths
         self._served_name = served_name
+        self._context = context
         self._token = token
         self._seq = 0
         self._forgotten = False  # the cloud held something of ours when the connection was lost
@@ -103,7 +116,7 @@ class Opening:
             raise DishonestError(f"Opened: seen an encoder of {encoder}, wanted the bundle's {self._widths}")
         if message.max_frame < HEADER + 4 * message.hidden_size:
             raise DishonestError(f"Opened: a frame of {message.max_frame} bytes holds no embedding")
-        self.opened = message
+        self.opened = msgspec.structs.replace(message, context=min(message.context, self._context))
         self.counters.replays += self._forgotten
         self._forgotten = False
         self._plan()

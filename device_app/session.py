@@ -88,14 +88,16 @@ class Session(Opening):
         classify: Callable[[Array], Array] | None = None,
         *,
         served_name: str,
+        context: int,
         widths: Widths = NO_ENCODER,
         token: str | None = None,
         counters: Counters | None = None,
     ) -> None:
         """embed: ids and the position of the first → [n, hidden_size]; of a source sequence [n, encoder_size].
         classify: plain hidden states → logits [rows, vocab_size], where the classifier is on the device; the cloud is
-        then asked for hidden states, and every row is full. widths: of the encoder that the decoder reads."""
-        super().__init__(key, widths, served_name=served_name, token=token, counters=counters)
+        then asked for hidden states, and every row is full. context: positions that the bundle is made for, at most.
+        widths: of the encoder that the decoder reads."""
+        super().__init__(key, widths, served_name=served_name, context=context, token=token, counters=counters)
         self.rows: list[Row] | None = None  # the answer to the question, once it is there
         self._embed = embed
         self._classify = classify

@@ -40,15 +40,24 @@ CONTEXT = 12  # of encoders
 
 
 def make_bundle(
-    folder: Path, kind: Kind, *, key: UserKey | None = None, template: str | None = None, **fields: Any
+    folder: Path,
+    kind: Kind,
+    *,
+    key: UserKey | None = None,
+    template: str | None = None,
+    step: float | None = None,
+    **fields: Any,
 ) -> Path:
-    """The device half of a model of `kind`; its key, chat template and `fields` of its manifest may differ."""
+    """The device half of a model of `kind`; its key, chat template, positions and `fields` of its manifest may differ.
+
+    step: as for `embedding`; that of an encoder is 1/1024 where it is None.
+    """
     folder.mkdir()
     keys = {"vision-decoder": LOOKING, "encoder-decoder": READING, "encoder": CLASSES, "image-encoder": CLASSES}
     (key or keys.get(kind, KEY)).save(folder / "key.safetensors")
     texts = kind != "image-encoder"
     if texts:
-        onnx.save(embedding(positions=kind == "encoder"), folder / "embedding.onnx")
+        onnx.save(embedding(1 / 1024 if step is None and kind == "encoder" else step), folder / "embedding.onnx")
         tiny_tokenizer().backend_tokenizer.save(str(folder / "tokenizer.json"))
     if kind in ("vision-decoder", "image-encoder"):
         onnx.save(patches(PATCH_SIZE if kind == "vision-decoder" else HIDDEN), folder / "image.onnx")
@@ -106,15 +115,15 @@ def make_bundle(
     return folder
 
 
-def embedding(*, positions: bool) -> onnx.ModelProto:
-    """The honest cloud's embeddings; with positions 1/1024 is added for each."""
+def embedding(step: float | None) -> onnx.ModelProto:
+    """The honest cloud's embeddings; with a table of 64 positions, which adds `step` for each, where it is not None."""
     table = numpy_helper.from_array(embed(range(VOCAB)), "table")
     inputs = [helper.make_tensor_value_info("ids", TensorProto.INT64, ["n"])]
-    nodes = [helper.make_node("Gather", ["table", "ids"], ["words" if positions else "embeddings"])]
+    nodes = [helper.make_node("Gather", ["table", "ids"], ["embeddings" if step is None else "words"])]
     weights = [table]
-    if positions:
+    if step is not None:
         inputs.append(helper.make_tensor_value_info("positions", TensorProto.INT64, ["n"]))
-        shift = np.arange(64, dtype=np.float32)[:, None].repeat(HIDDEN, 1) / 1024
+        shift = np.arange(64, dtype=np.float32)[:, None].repeat(HIDDEN, 1) * np.float32(step)
         weights.append(numpy_helper.from_array(shift, "shift"))
         nodes.append(helper.make_node("Gather", ["shift", "positions"], ["places"]))
         nodes.append(helper.make_node("Add", ["words", "places"], ["embeddings"]))

@@ -32,6 +32,7 @@ from shared.wire import (
 
 HIDDEN, VOCAB = 8, 1000
 EMBEDDING = 4 * HIDDEN  # bytes
+BUNDLE_CONTEXT = 1000  # more than the clouds take: theirs counts
 _random = np.random.default_rng(20)
 KEY = UserKey("0f" * 16, _random.permutation(HIDDEN), _random.permutation(VOCAB))
 
@@ -74,22 +75,22 @@ def classify(hidden: Array) -> Array:
 
 
 def new_session() -> Session:
-    return Session(KEY, embed, served_name="tiny")
+    return Session(KEY, embed, served_name="tiny", context=BUNDLE_CONTEXT)
 
 
 def classifying_session() -> Session:
     """A session with the classifier on the device."""
-    return Session(NO_VOCAB, embed, classify, served_name="tiny")
+    return Session(NO_VOCAB, embed, classify, served_name="tiny", context=BUNDLE_CONTEXT)
 
 
 def looking_session() -> Session:
     """A session whose model takes images."""
-    return Session(LOOKING, embed, served_name="tiny", widths=IMAGES)
+    return Session(LOOKING, embed, served_name="tiny", context=BUNDLE_CONTEXT, widths=IMAGES)
 
 
 def reading_session() -> Session:
     """A session whose decoder reads a source text."""
-    return Session(READING, embed, served_name="tiny", widths=SOURCES)
+    return Session(READING, embed, served_name="tiny", context=BUNDLE_CONTEXT, widths=SOURCES)
 
 
 def opened(**fields: object) -> Opened:

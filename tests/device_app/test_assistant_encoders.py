@@ -1,4 +1,4 @@
-"""Assistants whose model sees images or reads a source text, over real sockets."""
+"""Assistants whose model sees images, reads a source text, or has its positions on the device, over real sockets."""
 
 from __future__ import annotations
 
@@ -282,6 +282,23 @@ def test_a_decoder_without_a_beginning_is_a_damaged_bundle(tmp_path: Path) -> No
 def test_nothing_cannot_be_translated(reading_folder: Path) -> None:
     with pytest.raises(UsageError, match="text: seen nothing"):
         Assistant.open(reading_folder, NOWHERE).translate("")
+
+
+# --- positions on the device ---
+
+
+@pytest.mark.parametrize("said", [65, 512, 10**9])
+def test_an_answer_ends_with_the_table_of_positions_whatever_context_the_cloud_says(tmp_path: Path, said: int) -> None:
+    folder = make_bundle(tmp_path / "device", "decoder", step=0.0)  # of 64 positions
+    lying = HonestCloud(max_frame=1 << 20, context=said)
+    with serving(lambda: lying) as (url, _), Assistant.open(folder, url) as assistant:
+        answer = assistant.complete("the cat", max_tokens=500).finish()
+        prompt = assistant.bundle.tokenizer.encode("the cat")
+        assert answer.finish_reason == "length"
+        assert answer.ids == greedy(prompt, None, 65 - len(prompt))  # the last token needs no position
+        with pytest.raises(RefusedError, match="wanted at most 64") as raised:
+            assistant.complete("the cat " * 60).finish()
+        assert raised.value.code == "context_full"
 
 
 # --- what a kind does not do ---

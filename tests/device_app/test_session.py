@@ -33,6 +33,7 @@ from shared.wire import (
     encode,
 )
 from tests.device_app.honest_cloud import (
+    BUNDLE_CONTEXT,
     EMBEDDING,
     HIDDEN,
     KEY,
@@ -87,7 +88,7 @@ def sent(session: Session) -> list[Message]:
 
 
 def test_open_names_the_model_the_key_and_the_token(session: Session) -> None:
-    session = Session(KEY, embed, served_name="tiny", token="secret")
+    session = Session(KEY, embed, served_name="tiny", context=BUNDLE_CONTEXT, token="secret")
     session.connected()
     assert sent(session) == [Open(model="tiny", key_id=KEY.key_id, token="secret")]
 
@@ -200,6 +201,18 @@ def test_a_question_beyond_the_context_is_refused_before_anything_is_sent(sessio
         session.ask(PROMPT, top_k=5)
     assert raised.value.code == "context_full"
     assert not session.outbox
+
+
+def test_the_context_in_use_is_the_smaller_of_the_clouds_and_the_bundles() -> None:
+    for said, used in ((7, 7), (9, 9), (10, 9), (10**9, 9)):
+        session, cloud = Session(KEY, embed, served_name="tiny", context=9), HonestCloud(context=said)
+        cloud.connect(session)
+        assert session.opened is not None and session.opened.context == used
+        with pytest.raises(RefusedError, match=f"seen {used + 1}, wanted at most {used}"):
+            session.ask(PROMPT[: used + 1], top_k=5)
+        assert not session.outbox
+        session.ask(PROMPT[:used], top_k=5)
+        assert session.outbox
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -724,7 +737,7 @@ def test_hidden_states_become_full_rows(classifying: Session, rows: int, tempera
 def test_hidden_states_are_revealed_by_a_matrix_too() -> None:
     basis = np.linalg.qr(np.random.default_rng(1).normal(size=(HIDDEN, HIDDEN)))[0].astype(np.float32)
     key = UserKey("k", basis, None)
-    session = Session(key, embed, classify, served_name="tiny")
+    session = Session(key, embed, classify, served_name="tiny", context=BUNDLE_CONTEXT)
     session.connected()
     session.receive(encode(opened(vocab_size=0)))
     session.ask([3], top_k=5)

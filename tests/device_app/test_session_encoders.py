@@ -14,6 +14,7 @@ from device_app.session import Session
 from shared.errors import BundleError, DishonestError, RefusedError, UsageError
 from shared.wire import Encoded, Hidden, Message, decode, encode
 from tests.device_app.honest_cloud import (
+    BUNDLE_CONTEXT,
     EMBEDDING,
     HIDDEN,
     IMAGE_TOKENS,
@@ -372,7 +373,8 @@ def test_every_embedding_is_of_its_place_in_the_sequence() -> None:
         placed.append((list(ids), start))
         return embed(ids)
 
-    looking, cloud = Session(LOOKING, record, served_name="tiny", widths=IMAGES), looking_cloud(max_frame=ROOM)
+    looking = Session(LOOKING, record, served_name="tiny", context=BUNDLE_CONTEXT, widths=IMAGES)
+    cloud = looking_cloud(max_frame=ROOM)
     number = looking.add_image(image(0))
     ids = [*range(1, 13), *[number] * IMAGE_TOKENS, 13, 14]
     cloud.connect(looking)
@@ -386,7 +388,8 @@ def test_every_embedding_is_of_its_place_in_the_sequence() -> None:
         ([14], 13 + IMAGE_TOKENS),
     ]
     placed.clear()
-    reading, cloud = Session(READING, record, served_name="tiny", widths=SOURCES), reading_cloud()
+    reading = Session(READING, record, served_name="tiny", context=BUNDLE_CONTEXT, widths=SOURCES)
+    cloud = reading_cloud()
     cloud.connect(reading)
     for length in (2, 3):
         reading.ask([1, 2, 3][:length], source=[7, 8], top_k=5)

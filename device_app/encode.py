@@ -91,6 +91,12 @@ class EncoderSession(Opening):
         """The hidden states of the largest request, or the logits of one sequence."""
         return REPLY_HEADER + 4 * max(self._most_values, self._key.vocab_size)
 
+    @property
+    def longest_sequence(self) -> int:
+        """Embeddings of the longest sequence that the cloud takes: its frames may be shorter than its context."""
+        assert self.opened is not None
+        return min(self.opened.context, self._vectors_of_frame(self._key.hidden_size))
+
     def lost(self) -> None:
         self._forgotten = self._forgotten or bool(self._flights)
         super().lost()
@@ -121,7 +127,7 @@ class EncoderSession(Opening):
             return
         self._planned = True
         room = opened.max_frame - HEADER
-        most = self._most_values // max(1, self._key.vocab_size) if question.want == "logits" else MOST_VECTORS
+        most = self._most_sequences(question.want)
         size = vectors = 0  # of the request that is being filled
         for at, sequence in enumerate(question.sequences):
             if question.results[at] is not None:
@@ -139,6 +145,14 @@ class EncoderSession(Opening):
                 self._unsent.append((at, at + 1))
                 size, vectors = self._size(sequence), len(sequence)
         self._pump()
+
+    def _most_sequences(self, want: Want) -> int:
+        """How many a request may hold, for the reply's sake. Classes alone can take more than the embeddings did."""
+        assert self.opened is not None
+        if want != "logits":
+            return MOST_VECTORS
+        classes = max(1, self._key.vocab_size)
+        return min(self._most_values // classes, self.opened.max_frame // (classes * self._dtype().itemsize))
 
     def _pump(self) -> None:
         """Sends as many requests as the window of bytes in flight allows."""

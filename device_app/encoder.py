@@ -50,7 +50,8 @@ class Encoder:
         on_lost: Callable[[], None] = lambda: None,
         on_frame: Callable[[str, bytes], None] = lambda way, frame: None,
     ) -> None:
-        """truncate: cut texts that are too long, instead of refusing them. The others are `Connection`'s.
+        """truncate: cut texts that are too long for the model, or for the cloud's frames, instead of refusing them.
+        The others are `Connection`'s.
 
         Nothing is sent before the first question. Raises UsageError for a bundle that is no encoder's.
         """
@@ -146,20 +147,31 @@ class Encoder:
         self.bundle.want_kind(want, "encoder")
         if isinstance(texts, str):
             raise UsageError("texts: seen one text, wanted a list of texts")
+        self.want(want)  # before anything is sent
         self.dropped_tokens = []
-        sequences = [self._ids(f"text {at}" if len(texts) > 1 else "text", text) for at, text in enumerate(texts, 1)]
+        most = self._most_tokens() if texts else 0
+        sequences = [
+            self._ids(f"text {at}" if len(texts) > 1 else "text", text, most) for at, text in enumerate(texts, 1)
+        ]
         with self.counters.timed("embed"):
             embeddings = [self.bundle.embed(ids) for ids in sequences]
         return self._results(embeddings, want)
 
-    def _ids(self, name: str, text: str) -> list[int]:
+    def _most_tokens(self) -> int:
+        """Of a text, begin and end tokens included. What the cloud takes counts where texts may be cut to it."""
+        if not self._truncate:
+            return self.bundle.manifest.context
+        self._connection.open()
+        return self._connection.session.longest_sequence
+
+    def _ids(self, name: str, text: str, most: int) -> list[int]:
         manifest = self.bundle.manifest
         ids = self.bundle.tokenizer.encode(text)
-        room = manifest.context - len(manifest.prefix_ids) - len(manifest.suffix_ids)
-        over = max(0, len(ids) - room)
+        ends = len(manifest.prefix_ids) + len(manifest.suffix_ids)
+        over = min(len(ids), max(0, len(ids) + ends - most))
         if over and not self._truncate:
             raise UsageError(
-                f"{name}: it takes {manifest.context + over} tokens, wanted at most {manifest.context}",
+                f"{name}: it takes {len(ids) + ends} tokens, wanted at most {most}",
                 hint=f"shorten it, or let it be cut: {over} tokens would be dropped",
             )
         self.dropped_tokens.append(over)

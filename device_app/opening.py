@@ -138,13 +138,20 @@ class Opening:
         assert self.opened is not None
         return DTYPES[self.opened.dtype]
 
+    def _vectors_of_frame(self, width: int) -> int:
+        """How many vectors a frame takes."""
+        assert self.opened is not None
+        return (self.opened.max_frame - HEADER) // (width * self._dtype().itemsize)
+
     def _fits(self, name: str, vectors: int, width: int) -> None:
         """Raises RefusedError where so many vectors, which cannot be cut, are more than a frame takes."""
         assert self.opened is not None
-        size = HEADER + vectors * width * self._dtype().itemsize
-        if size > self.opened.max_frame:
+        if vectors > self._vectors_of_frame(width):
+            size = HEADER + vectors * width * self._dtype().itemsize
             raise RefusedError(
-                "too_large", f"{name}: it takes a frame of {size} bytes, the cloud takes {self.opened.max_frame}"
+                "too_large",
+                f"{name}: it takes a frame of {size} bytes, the cloud takes {self.opened.max_frame}",
+                hint=f"let the cloud take longer frames: stip-cloud serve --max-frame {size}",
             )
 
 

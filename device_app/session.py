@@ -214,7 +214,7 @@ class Session(Opening):
             self._fits("source", len(source or ()), opened.encoder_size)
             self._unsent.append(_Piece(0, 0, source=True))
             keep = 0
-        piece = max(1, (opened.max_frame - HEADER) // (opened.hidden_size * self._dtype().itemsize))
+        piece = self._vectors_of_frame(opened.hidden_size)
         for start, end, image in _runs(ids, keep, opened.image_tokens):
             if image is not None:
                 self._fits("image", opened.encoder_context, opened.encoder_size)

@@ -136,6 +136,48 @@ def test_a_class_count_beyond_all_bounds_is_asked_about_one_at_a_time(monkeypatc
     assert session.longest_reply >= 4 * 5000
 
 
+@pytest.mark.parametrize(
+    ("want", "dtype", "lengths"),
+    [("logits", "float32", [3, 3, 2]), ("logits", "float16", [7, 1]), ("pooled", "float32", [8])],
+)
+def test_the_class_logits_of_a_request_fit_a_frame_too(want: Want, dtype: str, lengths: list[int]) -> None:
+    classes = 512
+    key = UserKey("k", CLASSES.residual, np.random.default_rng(0).permutation(classes))
+    session = EncoderSession(key, served_name="tiny", context=CONTEXT)
+    session.connected()
+    session.receive(encode(opened(vocab_size=classes, max_frame=15 * classes, dtype=dtype)))
+    session.outbox.clear()
+    session.ask([embed([at]) for at in range(8)], want)
+    assert [len(decode(frame).lengths) for frame in session.outbox] == lengths  # type: ignore[union-attr]
+
+
+def test_the_context_in_use_is_the_smaller_of_the_clouds_and_the_bundles() -> None:
+    for said, used in ((5, 5), (CONTEXT, CONTEXT), (10**9, CONTEXT)):
+        cloud, session = HonestEncoder(context=said), new_session()
+        cloud.connect(session)
+        with pytest.raises(RefusedError, match=f"it takes {used + 1} positions, wanted at most {used}"):
+            session.ask([embed(range(used + 1))], "hidden")
+        assert not session.outbox and session.longest_sequence == used
+
+
+@pytest.mark.parametrize(("dtype", "longest"), [("float32", 3), ("float16", 7)])
+def test_the_longest_sequence_fits_a_frame(dtype: str, longest: int) -> None:
+    cloud, session = HonestEncoder(max_frame=1024 + 4 * EMBEDDING - 2 * HIDDEN, dtype=dtype), new_session()
+    cloud.connect(session)
+    assert session.longest_sequence == longest
+    session.ask([embed(range(longest))], "pooled")
+    cloud.settle(session)
+    with pytest.raises(RefusedError) as raised:
+        session.ask([embed(range(longest + 1))], "pooled")
+    assert raised.value.code == "too_large"
+    assert raised.value.hint and "stip-cloud serve --max-frame " in raised.value.hint
+    enough = int(raised.value.hint.split()[-1])
+    cloud, session = HonestEncoder(max_frame=enough, dtype=dtype), new_session()
+    cloud.connect(session)
+    session.ask([embed(range(longest + 1))], "pooled")
+    cloud.settle(session)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_results_come_in_the_dtype_that_the_cloud_computes_in(dtype: str) -> None:
     cloud, session = HonestEncoder(dtype=dtype), new_session()

@@ -17,7 +17,7 @@ from shared.errors import RefusedError, UnreachableError, UsageError
 from shared.key import UserKey
 from shared.wire import Array
 from tests.device_app.bundles import CLASSES, CONTEXT, END_ID, LABELS, START_ID, make_bundle
-from tests.device_app.honest_cloud import HIDDEN, PATCHES, image
+from tests.device_app.honest_cloud import EMBEDDING, HIDDEN, PATCHES, image
 from tests.device_app.honest_encoder import HonestEncoder, plain_result, serving
 
 TEXTS = ["the cat", "", "the dog sang in the rain", "世界"]
@@ -124,6 +124,22 @@ def test_a_text_is_cut_where_that_is_wanted_and_its_end_stays(folder: Path, url:
         table = np.asarray(kept, np.float32)[:, None] + np.arange(HIDDEN, dtype=np.float32) / 16
         places = np.arange(CONTEXT, dtype=np.float32)[:, None] / 1024
         np.testing.assert_array_equal(states, plain_result(table + places, "hidden"))
+
+
+@pytest.mark.parametrize("limit", [{"max_frame": 1024 + 6 * EMBEDDING}, {"context": 6}], ids=["frame", "context"])
+def test_a_text_is_cut_to_what_the_cloud_takes(folder: Path, limit: dict[str, int]) -> None:
+    with serving(lambda: HonestEncoder(**limit)) as (url, _):
+        with Encoder.open(folder, url, truncate=True) as encoder:
+            ids = encoder.bundle.tokenizer.encode("the cat sat on the mat")
+            assert 6 < len(ids) + 2 <= CONTEXT
+            [states, short] = encoder.hidden(["the cat sat on the mat", "the"])
+            assert encoder.dropped_tokens == [len(ids) - 4, 0]
+            assert len(states) == 6 and len(short) == 3
+            cut = encoder.bundle.embed([START_ID, *ids[:4], END_ID])
+            np.testing.assert_array_equal(states, plain_result(cut, "hidden"))
+        with Encoder.open(folder, url) as encoder, pytest.raises(RefusedError) as raised:
+            encoder.hidden(["the cat sat on the mat"])
+    assert raised.value.code == ("too_large" if "max_frame" in limit else "context_full")
 
 
 def test_a_text_of_exactly_the_context_is_taken(encoder: Encoder) -> None:

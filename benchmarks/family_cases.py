@@ -76,7 +76,6 @@ CASES = (
         "355m",
         GPT2Config(n_embd=1024, n_layer=24, n_head=16, architectures=["GPT2LMHeadModel"]),
         "0.033",
-        2_000,
     ),
     Case("SmolLM2", "135m", smollm2_gguf, "(LLaMA2 7b: 0.009)"),
     Case(
@@ -94,7 +93,7 @@ CASES = (
         "(LLaMA2 7b: 0.009)",
         1_000,
     ),
-    Case("ViT", "86m", ViTConfig(num_labels=1000, architectures=["ViTForImageClassification"]), "3e-4", 100),
+    Case("ViT", "86m", ViTConfig(num_labels=1000, architectures=["ViTForImageClassification"]), "3e-4", 1_000),
     Case(
         "BERT",
         "4m",
@@ -114,7 +113,6 @@ CASES = (
         "336m",
         BertConfig(**WORDS, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
         "9e-3",
-        2_000,
     ),
     Case(
         "LLaVA",

@@ -18,14 +18,11 @@ import numpy as np
 from device_app.counters import Counters
 from device_app.opening import (
     HEADER,
-    MOST_REPLANS,
     NO_ENCODER,
     REPLY_HEADER,
     TRY_AGAIN,
     Opening,
     landed,
-    quoted,
-    refused,
 )
 from device_app.replies import states
 from shared.errors import DishonestError, RefusedError
@@ -74,8 +71,6 @@ class EncoderSession(Opening):
         self._question: _Question | None = None
         self._unsent: deque[tuple[int, int]] = deque()  # ranges of sequences
         self._flights: deque[_Flight] = deque()
-        self._planned = False
-        self._replans = 0
 
     @property
     def results(self) -> list[Array] | None:
@@ -102,7 +97,6 @@ class EncoderSession(Opening):
         super().lost()
         self._unsent.clear()
         self._flights.clear()
-        self._planned = False
 
     # --- the question ---
 
@@ -194,12 +188,7 @@ class EncoderSession(Opening):
             self._unsent.clear()
             if message.code not in TRY_AGAIN:
                 self._question = None
-                raise refused(message)
-            if self._planned:
-                self._planned = False
-                self._replans += 1
-            if self._replans > MOST_REPLANS:
-                raise DishonestError(f"the cloud lost its place {self._replans} times: {quoted(message)}")
+            self._plan_again(message)
         self._plan()
 
     def _reply(self, message: Message) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -36,7 +37,7 @@ class Widths:
 NO_ENCODER = Widths()
 
 
-class Opening:
+class Opening(ABC):
     """A session up to its first request. `outbox` holds frames to send, in order; `opened` what the cloud said.
 
     `opened.context` is the smaller of the cloud's and the bundle's, which differ where the cloud's model could take
@@ -64,11 +65,13 @@ class Opening:
         self._token = token
         self._seq = 0
         self._forgotten = False  # the cloud held something of ours when the connection was lost
+        self._planned = False  # whether the question's pieces were worked out
+        self._replans = 0  # times that one question was planned anew
 
     @property
+    @abstractmethod
     def longest_reply(self) -> int:
         """Bytes of the longest frame that an honest cloud can send."""
-        raise NotImplementedError
 
     def connected(self) -> None:
         """A fresh connection is there: opens the session on it."""
@@ -83,10 +86,11 @@ class Opening:
         self.opened = None
         self.outbox.clear()
         self._seq = 0
+        self._planned = False
 
+    @abstractmethod
     def cancel(self) -> None:
         """Gives the question up; what the cloud has not started of it is dropped."""
-        raise NotImplementedError
 
     def receive(self, frame: bytes) -> None:
         """Takes one frame of the cloud's. Raises DishonestError for what cannot be true, RefusedError for a refusal."""
@@ -121,17 +125,30 @@ class Opening:
         self._forgotten = False
         self._plan()
 
+    def _plan_again(self, message: Error) -> None:
+        """A request of the question failed: its pieces are to be worked out anew.
+
+        Raises RefusedError for a failure that would come again, DishonestError where it comes too often.
+        """
+        if message.code not in TRY_AGAIN:
+            raise refused(message)
+        if self._planned:
+            self._planned = False
+            self._replans += 1
+        if self._replans > MOST_REPLANS:
+            raise DishonestError(f"the cloud lost its place {self._replans} times: {quoted(message)}")
+
+    @abstractmethod
     def _plan(self) -> None:
         """Sends what the question needs, if there is one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _reply(self, message: Message) -> None:
         """Takes the answer to a request."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _failed(self, message: Error) -> None:
         """Takes the failure of one request."""
-        raise NotImplementedError
 
     def _dtype(self) -> np.dtype[np.generic]:
         """That of embeddings and results."""

@@ -26,15 +26,12 @@ import numpy as np
 from device_app.counters import Counters
 from device_app.opening import (
     HEADER,
-    MOST_REPLANS,
     NO_ENCODER,
     REPLY_HEADER,
     TRY_AGAIN,
     Opening,
     Widths,
     landed,
-    quoted,
-    refused,
 )
 from device_app.replies import classified_rows, revealed_rows, states
 from device_app.sampler import Row
@@ -108,9 +105,7 @@ class Session(Opening):
         # What the cloud holds once every flight has landed well:
         self._held: list[int] = []
         self._source: list[int] | None = None
-        self._planned = False  # whether the question's pieces were worked out
         self._broken = False  # a flight failed, and those behind it are still in the air
-        self._replans = 0
 
     @property
     def longest_reply(self) -> int:
@@ -123,7 +118,7 @@ class Session(Opening):
         self._unsent.clear()
         self._flights.clear()
         self._held, self._source = [], None
-        self._planned = self._broken = False
+        self._broken = False
 
     # --- the question ---
 
@@ -323,12 +318,7 @@ class Session(Opening):
             self._unsent.clear()
             if message.code not in TRY_AGAIN:
                 self._question = None
-                raise refused(message)
-            if self._planned:
-                self._planned = False
-                self._replans += 1
-            if self._replans > MOST_REPLANS:
-                raise DishonestError(f"the cloud lost its place {self._replans} times: {quoted(message)}")
+            self._plan_again(message)
         self._plan()
 
     def _reply(self, message: Message) -> None:

@@ -134,6 +134,13 @@ def photographs(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
+def stock_pixels(checkpoint: Path, images: list[Path]) -> torch.Tensor:
+    """What the stock image processor makes of files."""
+    processor = transformers.AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
+    pixels: torch.Tensor = processor([Image.open(path) for path in images], return_tensors="pt").pixel_values
+    return pixels
+
+
 @every_scheme
 @torch.inference_mode()
 def test_images_have_the_stock_model_s_classes(
@@ -144,9 +151,7 @@ def test_images_have_the_stock_model_s_classes(
     tmp_path: Path,
 ) -> None:
     model, out, images = stock("vit"), tiny_exports("vit", scheme), photographs(tmp_path / "images")
-    processor = transformers.AutoImageProcessor.from_pretrained(tiny_checkpoints("vit"), backend="pil")
-    pixels = processor([Image.open(path) for path in images], return_tensors="pt").pixel_values
-    expected = model(pixels).logits.softmax(-1)
+    expected = model(stock_pixels(tiny_checkpoints("vit"), images)).logits.softmax(-1)
     with run_cloud(out) as cloud, Encoder.open(out / "device", cloud.url) as encoder:
         for predictions, row in zip(encoder.classify_images(images), expected, strict=True):
             by_label = {prediction.label: prediction.probability for prediction in predictions}
@@ -163,8 +168,7 @@ def test_text_and_images_interleave_as_in_the_stock_model(
     tmp_path: Path,
 ) -> None:
     model, out, images = stock("llava"), tiny_exports("llava", scheme), photographs(tmp_path / "images")[1:]
-    processor = transformers.AutoImageProcessor.from_pretrained(tiny_checkpoints("llava"), backend="pil")
-    pixels = processor([Image.open(path) for path in images], return_tensors="pt").pixel_values
+    pixels = stock_pixels(tiny_checkpoints("llava"), images)
     with run_cloud(out) as cloud, open_assistant(out, cloud.url) as assistant:
         bundle, session = assistant.bundle, assistant._connection.session
         image = bundle.manifest.image

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -11,150 +11,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloud_backend.engine import EncodedRows, EncodeWork, HiddenRows, LogitRows, Result, Work
+from cloud_backend.engine import Work
 from cloud_backend.limits import Limits
-from cloud_backend.session import MOST_PENDING, Context, Session
+from cloud_backend.session import MOST_PENDING
 from shared import wire
 from shared.errors import RequestError
-
-HIDDEN, VOCAB, CONTEXT = 4, 10, 32
-LIMITS = Limits(max_rows=6, max_full_rows=3, max_top_k=8)
-TOKEN = "stip_correct-horse"
-SECRET_VALUE = 1234.5678  # an embedding holds it; no reply's text may
-
-
-@dataclass
-class ListCache:
-    """A KV cache that shows what it holds: the first value of each embedding. `reads`: it needs a source."""
-
-    reads: bool = False
-    source: list[float] | None = None
-    held: list[float] = field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        return len(self.held)
-
-    @property
-    def ready(self) -> bool:
-        return not self.reads or self.source is not None
-
-    def cut(self, keep: int) -> None:
-        del self.held[keep:]
-
-
-class ListEngine:
-    """The least that a session needs of an engine. Its logits say only which row they are of."""
-
-    hidden_size, vocab_size, context = HIDDEN, VOCAB, CONTEXT
-    appends: tuple[str, ...] = ("text",)
-    encodes: tuple[str, ...] = ()
-    same_length = False
-    encoder_size = encoder_context = image_tokens = 0
-    dtype: wire.FloatName = "float32"
-    largest_batch = 1
-
-    def __init__(self) -> None:
-        self.caches: list[ListCache] = []
-
-    def new_cache(self) -> Any:
-        self.caches.append(ListCache("store" in self.encodes))
-        return self.caches[-1]
-
-    def run(self, batch: list[Work]) -> list[Result]:
-        return [self._run_one(work) for work in batch]
-
-    def _run_one(self, work: Work) -> Result:
-        cache: Any = work.cache  # a ListCache
-        names = [float(row[0]) for row in work.embeddings]
-        if isinstance(work, EncodeWork):
-            if work.want == "store":
-                cache.source, cache.held = names, []
-            return EncodedRows(work.embeddings if work.want == "hidden" else np.empty((0, HIDDEN), np.float32))
-        cache.cut(work.keep)
-        if work.kind == "image":
-            names = names[:1] * self.image_tokens
-        cache.held += names
-        answered = np.array(names[len(names) - work.rows :], wire.DTYPES[work.dtype])
-        if work.want == "hidden":
-            return HiddenRows(np.repeat(answered[:, None], HIDDEN, 1))
-        k = min(work.top_k, VOCAB) or VOCAB
-        ids = np.zeros((work.rows, k if work.top_k else 0), np.uint32)
-        return LogitRows(np.repeat(answered[:, None], k, 1), ids, np.zeros((work.rows, 2), np.float32))
-
-
-class Cloud:
-    """A session with its engine, and every frame it sent, decoded."""
-
-    def __init__(self, limits: Limits = LIMITS, *, token: str | None = None, **engine: Any) -> None:
-        self.engine = ListEngine()
-        for name, value in engine.items():
-            setattr(self.engine, name, value)
-        contexts = {("tiny", "key"): Context("tiny", "key", self.engine)}
-        self.session = Session(contexts, limits, lambda given: token is None or given == token)
-        self.sent: list[Any] = []
-
-    @property
-    def cache(self) -> ListCache:
-        return self.engine.caches[-1]
-
-    def receive(self, *messages: wire.Message | bytes) -> list[Any]:
-        """Gives the session these messages, and what it says at once."""
-        for message in messages:
-            self.session.receive(message if isinstance(message, bytes) else wire.encode(message))
-        return self.replies()
-
-    def replies(self) -> list[Any]:
-        new = [wire.decode(frame) for frame in self.session.outbox]
-        self.session.outbox.clear()
-        self.sent += new
-        return new
-
-    def run(self) -> list[Any]:
-        """Lets the engine do all that waits, and gives what the session says to it."""
-        while (work := self.session.start()) is not None:
-            self.finish(work)
-        return self.replies()
-
-    def finish(self, work: Work) -> None:
-        (result,) = self.engine.run([work])
-        self.session.finish(result)
-
-    def ask(self, *messages: wire.Message | bytes) -> list[Any]:
-        return self.receive(*messages) + self.run()
-
-
-OPEN = wire.Open(model="tiny", key_id="key")
-
-
-def opened(limits: Limits = LIMITS, **options: Any) -> Cloud:
-    cloud = Cloud(limits, **options)
-    cloud.receive(OPEN)
-    cloud.sent.clear()
-    return cloud
-
-
-def append(
-    seq: int, keep: int, *names: float, rows: int = 0, top_k: int = 4, dtype: str = "float32", **fields: Any
-) -> wire.Append:
-    """An Append of one embedding a name, the name its first value."""
-    embeddings = np.zeros((len(names), HIDDEN), wire.DTYPES[dtype])
-    embeddings[:, 0] = names
-    return wire.Append(seq=seq, keep=keep, rows=rows, top_k=top_k, tensors=(embeddings,), **fields)
-
-
-def with_embeddings(message: wire.Append, embeddings: np.ndarray) -> wire.Append:
-    return msgspec.structs.replace(message, tensors=(embeddings,))
-
-
-def codes(replies: list[Any]) -> list[str]:
-    """Each reply as its error code, or its type."""
-    return [reply.code if isinstance(reply, wire.Error) else type(reply).__name__ for reply in replies]
-
-
-def numbered(replies: list[Any]) -> list[tuple[int, str]]:
-    return list(zip((reply.seq for reply in replies), codes(replies), strict=True))
-
+from tests.cloud_backend.list_cloud import (
+    CONTEXT,
+    HIDDEN,
+    LIMITS,
+    OPEN,
+    READING,
+    SECRET_VALUE,
+    TOKEN,
+    VOCAB,
+    Cloud,
+    append,
+    codes,
+    encoding,
+    numbered,
+    opened,
+    with_embeddings,
+)
 
 # --- opening ---
 
@@ -362,118 +240,6 @@ def test_nothing_comes_after_a_request_on_which_the_engine_failed() -> None:
     cloud.session.finish(RequestError("internal", "the engine failed"))
     cloud.run()
     assert codes(cloud.sent) == ["Logits", "internal", "out_of_step", "out_of_step"]
-
-
-# --- images ---
-
-SEEING = {"appends": ("text", "image"), "encoder_size": 6, "encoder_context": 5, "image_tokens": 3}
-
-
-def image(seq: int, keep: int, name: float, *, rows: int = 0, **fields: Any) -> wire.Append:
-    """An Append of an image of SEEING."""
-    patches = np.full((SEEING["encoder_context"], SEEING["encoder_size"]), name, np.float32)
-    return wire.Append(seq=seq, keep=keep, rows=rows, top_k=4, kind="image", tensors=(patches,), **fields)
-
-
-def test_an_image_takes_its_positions_whatever_its_patches_are() -> None:
-    cloud = opened(**SEEING)
-    replies = cloud.ask(append(1, 0, 1), image(2, 1, 9, after=1), append(3, 4, 2, after=2))
-    assert ([reply.kv_length for reply in replies], cloud.cache.held) == ([1, 4, 5], [1, 9, 9, 9, 2])
-
-
-def test_an_image_is_acknowledged_in_the_form_that_was_wanted() -> None:
-    rows, hidden = opened(**SEEING).ask(image(1, 0, 9), image(2, 3, 9, want="hidden"))
-    assert (type(rows), len(rows.values), type(hidden), len(hidden.hidden)) == (wire.Logits, 0, wire.Hidden, 0)
-
-
-def test_the_last_image_that_fits_the_context_is_taken_and_the_next_is_not() -> None:
-    cloud = opened(**SEEING)
-    replies = cloud.ask(append(1, 0, *range(CONTEXT - 3)), image(2, CONTEXT - 3, 9), image(3, CONTEXT - 2, 9))
-    assert codes(replies) == ["Logits", "Logits", "context_full"]
-    assert cloud.cache.length == CONTEXT
-
-
-def test_logits_of_an_image_are_unsupported_without_a_classifier() -> None:
-    replies = opened(**SEEING, vocab_size=0).ask(image(1, 0, 9), image(2, 0, 9, want="hidden"))
-    assert codes(replies) == ["unsupported", "Hidden"]
-
-
-# --- source sequences ---
-
-READING = {"encodes": ("hidden", "store"), "encoder_size": 6, "encoder_context": 4}
-
-
-def encoding(seq: int, *names: float, want: Any = "store") -> wire.Encode:
-    """An Encode of one sequence, of one embedding a name."""
-    embeddings = np.zeros((len(names), READING["encoder_size"] if want == "store" else HIDDEN), np.float32)
-    embeddings[:, 0] = names
-    return wire.Encode(seq=seq, lengths=(len(names),), want=want, tensors=(embeddings,))
-
-
-def reading(*messages: wire.Message) -> Cloud:
-    """A session of a decoder that reads a source, to which these messages were sent."""
-    cloud = opened(**READING)
-    cloud.ask(*messages)
-    return cloud
-
-
-def test_store_is_acknowledged_by_no_rows_and_an_empty_cache() -> None:
-    cloud = reading(encoding(1, 7, 8), append(2, 0, 1, 2))
-    (reply,) = cloud.ask(encoding(3, 9))
-    assert (type(reply), reply.seq, reply.kv_length, len(reply.result)) == (wire.Encoded, 3, 0, 0)
-    assert (cloud.cache.source, cloud.cache.held) == ([9], [])
-
-
-def test_a_source_and_a_sequence_to_encode_have_limits_of_their_own() -> None:
-    lengths = {"store": READING["encoder_context"], "hidden": CONTEXT}
-    for want, most in lengths.items():
-        fits, not_ = encoding(1, *range(most), want=want), encoding(2, *range(most + 1), want=want)
-        assert codes(reading(fits, not_).sent) == ["Encoded", "too_large"]
-
-
-def test_an_append_before_the_first_store_is_out_of_step() -> None:
-    assert codes(reading(append(1, 0, 1), encoding(2, 7), append(3, 0, 1)).sent) == ["out_of_step", "Encoded", "Logits"]
-
-
-def test_an_encode_of_hidden_states_is_no_source() -> None:
-    cloud = reading(encoding(1, 7, want="hidden"), append(2, 0, 1))
-    assert (codes(cloud.sent), cloud.sent[0].result[:, 0].tolist()) == (["Encoded", "out_of_step"], [7])
-
-
-def test_after_a_store_is_taken() -> None:
-    assert codes(reading(encoding(1, 7), append(2, 0, 1, after=1)).sent) == ["Encoded", "Logits"]
-
-
-def test_after_an_append_that_a_store_threw_away_is_out_of_step() -> None:
-    cloud = reading(encoding(1, 7), append(2, 0, 1), encoding(3, 8), append(4, 0, 2, after=2))
-    assert codes(cloud.sent)[3:] == ["out_of_step"]
-
-
-@pytest.mark.parametrize("name", [np.nan, np.inf])
-def test_after_a_store_that_failed_is_out_of_step(name: float) -> None:
-    cloud = reading(encoding(1, 7), append(2, 0, 1), encoding(3, name), append(4, 0, 2, after=3))
-    assert codes(cloud.sent)[2:] == ["not_finite", "out_of_step"]
-    assert (cloud.cache.source, cloud.cache.held) == ([7], [1])
-
-
-def test_an_encode_of_hidden_states_does_not_come_between() -> None:
-    cloud = reading(encoding(1, 7), encoding(2, 8, want="hidden"), append(3, 0, 1, after=1), append(4, 1, 2, after=2))
-    assert codes(cloud.sent) == ["Encoded", "Encoded", "Logits", "out_of_step"]
-
-
-def test_a_cancelled_store_leaves_source_and_cache_alone() -> None:
-    cloud = reading(encoding(1, 7), append(2, 0, 1))
-    replies = cloud.ask(encoding(3, 8), wire.Cancel(seq=3), append(4, 1, 2, after=2))
-    assert codes(replies) == ["cancelled", "Logits"]
-    assert (cloud.cache.source, cloud.cache.held) == ([7], [1, 2])
-
-
-def test_a_store_on_which_the_engine_failed_does_not_come_between() -> None:
-    cloud = reading(encoding(1, 7), append(2, 0, 1))
-    cloud.receive(encoding(3, 8), append(4, 1, 2, after=2))
-    assert cloud.session.start() is not None
-    cloud.session.finish(RequestError("internal", "the engine failed"))
-    assert codes(cloud.replies() + cloud.run()) == ["internal", "Logits"]
 
 
 # --- requests that do not fit ---

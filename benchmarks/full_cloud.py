@@ -9,31 +9,40 @@ from __future__ import annotations
 import asyncio
 import struct
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from websockets.asyncio.server import ServerConnection, serve
 
 from benchmarks.plain import DTYPES, plain_model, smollm2_source
-from cloud_backend.engine import AppendWork, LogitRows, Result, TorchEngine, Work
+from cloud_backend.decoder import DecoderEngine
+from cloud_backend.engine import AppendWork, LogitRows
 from cloud_backend.kv_cache import KVCache
 from cloud_backend.scheduler import Scheduler
 from device_app.sampler import Row, Sampler, Sampling
+from shared.wire import Array
 
 TOP_K = 256
 
 
-class PlainEngine(TorchEngine):
-    """The same engine fed plain weights and token ids."""
+class PlainEngine(DecoderEngine):
+    """The same engine fed plain weights and token ids, [n, 1] where embeddings would be."""
 
-    @torch.inference_mode()
-    def rows(self, cache: KVCache, ids: list[int]) -> LogitRows:
+    def _tensor(self, embeddings: Sequence[Array]) -> torch.Tensor:
+        ids = torch.from_numpy(np.concatenate(embeddings)[:, 0])
+        embedded: torch.Tensor = self._model.get_input_embeddings()(ids)
+        return embedded
+
+    def rows(self, cache: KVCache, ids: Sequence[int]) -> LogitRows:
         """Appends `ids` and gives the row of the last one."""
-        states = self.forward(cache, input_ids=torch.tensor([ids]))
-        return self.logit_rows(self._classifier(states[0, -1:]), TOP_K, 1.0)
+        (result,) = self.run([self.work(cache, ids)])
+        assert isinstance(result, LogitRows)
+        return result
 
-    def _run_one(self, work: Work) -> Result:
-        return self.rows(work.cache, work.embeddings.tolist())
+    def work(self, cache: KVCache, ids: Sequence[int]) -> AppendWork:
+        """What appends `ids` and asks for the row of the last one."""
+        return AppendWork(cache, cache.length, np.array(ids)[:, None], 1, "logits", TOP_K, 1.0, self.dtype)
 
 
 def plain_engine(dtype: str) -> PlainEngine:
@@ -57,16 +66,16 @@ async def main(dtype: str) -> None:
         async for request in socket:
             assert isinstance(request, bytes)
             (count,) = struct.unpack_from("<I", request)
-            ids = np.frombuffer(request, "<u4", offset=4).astype(np.int64)
+            ids = list(np.frombuffer(request, "<u4", offset=4))
             cache, sampler = engine.new_cache(), Sampler(Sampling(), engine.vocab_size)
             for position in range(len(ids), len(ids) + count):
-                work = AppendWork(cache, cache.length, ids, 1, "logits", TOP_K, 1.0, engine.dtype)
-                timed = await scheduler.submit(engine, work)
+                timed = await scheduler.submit(engine, engine.work(cache, ids))
                 assert isinstance(timed.result, LogitRows)
                 token = sampler.choose(row_of(timed.result), position)
                 assert token is not None
                 await socket.send(struct.pack("<I", token))
-                ids = np.array([token])
+                ids = [token]
+            scheduler.release(engine, cache)
 
     async with serve(answer, "127.0.0.1", 0, compression=None) as server:
         running = asyncio.create_task(scheduler.run())

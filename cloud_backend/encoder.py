@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from cloud_backend.engine import AppendKind, EncodedRows, EncodeWant, EncodeWork, Result, Work
+from cloud_backend.engine import AppendKind, EncodedRows, EncodeWant, EncodeWork, Outcome, Work, failed, not_finite
+from cloud_backend.grouping import groups
 from cloud_backend.kv_cache import KVCache
-from cloud_backend.tensors import TORCH_DTYPES, finite, to_numpy, to_torch
+from cloud_backend.tensors import TORCH_DTYPES, device_of, to_numpy, to_torch
 from shared.wire import FloatName
+
+log = logging.getLogger("stip.cloud")
 
 MOST_POSITIONS = 4096  # of one forward, padding included, but for a sequence that is longer by itself
 
@@ -21,10 +25,10 @@ class EncoderEngine:
     appends: tuple[AppendKind, ...] = ()
     same_length = False
     encoder_size = encoder_context = image_tokens = 0
-    largest_batch = 1
+    pool = None
 
-    def __init__(self, model: Any, dtype: FloatName, context: int | None = None) -> None:
-        """context: the longest sequence, where that is less than the model takes."""
+    def __init__(self, model: Any, dtype: FloatName, context: int | None = None, kv_bytes: int = 0) -> None:
+        """context: the longest sequence, where that is less than the model takes. kv_bytes: without effect."""
         self._model = model
         self._body = model.base_model  # itself, where it has no classifier
         classifies = model is not self._body
@@ -41,6 +45,7 @@ class EncoderEngine:
         longest = self._longest()
         self.context = min(context or longest, longest)
         self.dtype = dtype
+        self.device = device_of(model)
 
     def _pools(self) -> bool:
         pooler = getattr(self._body, "pooler", None)
@@ -54,22 +59,42 @@ class EncoderEngine:
         return int(table.num_embeddings) - skipped
 
     def new_cache(self) -> KVCache:
-        return KVCache(0)
+        return KVCache(None)
 
-    def run(self, batch: Sequence[Work]) -> list[Result]:
-        return [self._run_one(work) for work in batch]
+    def run(self, batch: Sequence[Work]) -> list[Outcome]:
+        try:
+            return self._run([work for work in batch if isinstance(work, EncodeWork)])
+        except Exception as error:  # any failure of a model: the server and other sessions go on
+            if len(batch) > 1:  # one of them may be the reason
+                return [outcome for work in batch for outcome in self.run([work])]
+            log.error("engine failed: %s", type(error).__name__)  # its text could quote tensors
+            return [failed()]
 
     @torch.inference_mode()
-    def _run_one(self, work: Work) -> Result:
-        assert isinstance(work, EncodeWork)  # it has no KV cache to append to
+    def _run(self, works: Sequence[EncodeWork]) -> list[Outcome]:
+        """Sequences of all works side by side, whoever sent them."""
+        results: list[Outcome] = [not_finite()] * len(works)
+        for want in dict.fromkeys(work.want for work in works):
+            chosen = [at for at, work in enumerate(works) if work.want == want]
+            encoded = iter(self._encode_all([rows for at in chosen for rows in self._sequences(works[at])], want))
+            for at in chosen:
+                rows = torch.cat([next(encoded) for _ in works[at].lengths]).to(TORCH_DTYPES[works[at].dtype])
+                if torch.isfinite(rows).all():
+                    results[at] = EncodedRows(to_numpy(rows))
+        return results
+
+    def _sequences(self, work: EncodeWork) -> Sequence[torch.Tensor]:
+        """Each [length, hidden]."""
         embeddings = to_torch(work.embeddings).to(self._model.device, TORCH_DTYPES[self.dtype])
-        sequences = torch.split(embeddings, list(work.lengths))  # each [length, hidden]
-        results = [embeddings] * len(sequences)
-        for group in groups(work.lengths):
-            outputs = self._encode([sequences[at] for at in group], work.want)
+        return torch.split(embeddings, list(work.lengths))
+
+    def _encode_all(self, sequences: list[torch.Tensor], want: EncodeWant) -> list[torch.Tensor]:
+        results = list(sequences)
+        for group in groups([len(sequence) for sequence in sequences], MOST_POSITIONS):
+            outputs = self._encode([sequences[at] for at in group], want)
             for at, result in zip(group, outputs, strict=True):
                 results[at] = result
-        return EncodedRows(to_numpy(finite(torch.cat(results).to(TORCH_DTYPES[work.dtype]))))
+        return results
 
     def _encode(self, sequences: list[torch.Tensor], want: EncodeWant) -> list[torch.Tensor]:
         """The result of each sequence: [length, hidden] for `hidden`, else one row."""
@@ -87,17 +112,3 @@ class EncoderEngine:
 
     def _forward(self, model: Any, padded: torch.Tensor, attention_mask: torch.Tensor | None) -> Any:
         return model(inputs_embeds=padded, attention_mask=attention_mask)
-
-
-def groups(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of the sequences that share a forward, of similar length: at most half of it is padding."""
-    group: list[int] = []
-    held = 0  # positions in the group that are no padding
-    for at in sorted(range(len(lengths)), key=lengths.__getitem__):
-        padded = (len(group) + 1) * lengths[at]  # as this one is the longest so far
-        if group and padded > min(MOST_POSITIONS, 2 * (held + lengths[at])):
-            yield group
-            group, held = [], 0
-        group.append(at)
-        held += lengths[at]
-    yield group

@@ -1,20 +1,17 @@
-"""The engine: runs work through the stock model. `Engine` is the seam for other engines; torch is the reference.
+"""The seam between sessions and models: what is asked of an engine, and what it answers.
 
-The engine of decoders is here; `encoder`, `vision` and `translation` hold those of the other kinds.
+torch is the reference: `decoder`, `encoder`, `vision` and `translation` hold the engines of each kind of model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-import numpy as np
-import torch
-
-from cloud_backend.kv_cache import KVCache, Last
-from cloud_backend.tensors import TORCH_DTYPES, finite, to_numpy, to_torch
-from shared.wire import DTYPES, Array, FloatName
+from cloud_backend.kv_cache import KVCache, PagePool
+from shared.errors import RequestError
+from shared.wire import Array, FloatName
 
 AppendKind = Literal["text", "image"]
 EncodeWant = Literal["hidden", "pooled", "logits", "store"]
@@ -34,6 +31,15 @@ class AppendWork:
     dtype: FloatName  # of the values that are sent
     kind: AppendKind = "text"  # image: the embeddings are the patches of one
 
+    @property
+    def end(self) -> int:
+        """KV length after it, where it is text."""
+        return self.keep + len(self.embeddings)
+
+    def reserve(self) -> bool:
+        """Takes the KV memory that it needs. False where too little is free."""
+        return self.kind == "image" or self.cache.pages is None or self.cache.pages.reserve(self.end)
+
 
 @dataclass(frozen=True)
 class EncodeWork:
@@ -44,6 +50,10 @@ class EncodeWork:
     lengths: tuple[int, ...]
     want: EncodeWant
     dtype: FloatName  # of the values that are sent
+
+    def reserve(self) -> bool:
+        """Takes the KV memory that it needs. False where too little is free."""
+        return self.want != "store" or self.cache.reserve_source(self.lengths[0])
 
 
 Work = AppendWork | EncodeWork
@@ -73,6 +83,8 @@ class EncodedRows:
 
 
 Result = LogitRows | HiddenRows | EncodedRows
+# What comes of a Work. Of an image it is the Append of what the model made of it, which is to be run next.
+Outcome = Result | RequestError | AppendWork
 
 
 class Engine(Protocol):
@@ -88,108 +100,28 @@ class Engine(Protocol):
     encoder_context: int  # rows of every image, most rows of a source sequence
     image_tokens: int  # positions that an image takes in the KV cache
     dtype: FloatName  # what it computes in, and the dtype of results
-    largest_batch: int
+    device: Literal["cpu", "cuda"]
+
+    @property
+    def pool(self) -> PagePool | None:
+        """Its KV memory, where it has any."""
 
     def new_cache(self) -> KVCache:
         """The cache of a new session."""
 
-    def run(self, batch: Sequence[Work]) -> list[Result]:
-        """One result a Work, in order. Works fit what is said above. An exception leaves caches cut to `keep`, and as
-        they were where the Work is an Encode."""
+    def run(self, batch: Sequence[Work]) -> list[Outcome]:
+        """One outcome a Work, in order. Works fit what is said above, and have reserved what they need.
 
-
-class TorchEngine:
-    """The stock transformers decoder, one sequence at a time."""
-
-    appends: tuple[AppendKind, ...] = ("text",)
-    encodes: tuple[EncodeWant, ...] = ()
-    same_length = False
-    encoder_size = encoder_context = image_tokens = 0
-    largest_batch = 1
-
-    def __init__(self, model: Any, dtype: FloatName, context: int | None = None) -> None:
-        """context: most positions, where that is less than the model has."""
-        config = model.config.get_text_config()
-        self._model = model
-        self._body = model.get_decoder()
-        classifier = model.get_output_embeddings()
-        self._classifier: Any = None if classifier.weight is None else classifier  # None: devices classify
-        self._cap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-        self._layers: int = config.num_hidden_layers
-        self.hidden_size: int = config.hidden_size
-        self.vocab_size: int = 0 if self._classifier is None else self._classifier.out_features
-        self.context = min(context or config.max_position_embeddings, config.max_position_embeddings)
-        self.dtype = dtype
-
-    def new_cache(self) -> KVCache:
-        return KVCache(self._layers)
-
-    def run(self, batch: Sequence[Work]) -> list[Result]:
-        return [self._run_one(work) for work in batch]
-
-    @torch.inference_mode()
-    def _run_one(self, work: Work) -> Result:
-        assert isinstance(work, AppendWork)  # it encodes nothing
-        embeddings = self._tensor(work.embeddings)  # [n, width]
-        try:
-            hidden = self._repeated(work, embeddings)
-            if hidden is None:
-                inputs = self._inputs(work, embeddings)
-                work.cache.cut(work.keep)
-                states = self.forward(work.cache, inputs_embeds=inputs[None])[0]
-                # An image is never appended again to see its rows, as it has none.
-                last = Last(embeddings[-1:].clone(), states[-1:].clone()) if work.kind == "text" else None
-                work.cache.last = last
-                hidden = states[len(states) - work.rows :]
-            sent_as = TORCH_DTYPES[work.dtype]
-            if work.want == "hidden":
-                return HiddenRows(to_numpy(finite(hidden.to(sent_as))))
-            return self.logit_rows(self._logits(hidden).to(sent_as), work.top_k, work.temperature)
-        except BaseException:
-            work.cache.cut(work.keep)
-            raise
-
-    def _tensor(self, embeddings: Array) -> torch.Tensor:
-        """Embeddings as the model computes with them."""
-        return to_torch(embeddings).to(self._model.device, TORCH_DTYPES[self.dtype])
-
-    def _inputs(self, work: AppendWork, embeddings: torch.Tensor) -> torch.Tensor:
-        """What goes into the decoder [positions, hidden_size] for the embeddings of an Append."""
-        return embeddings
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [rows, vocab_size] of last hidden states."""
-        logits: torch.Tensor = self._classifier(hidden)
-        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
-
-    @staticmethod
-    def _repeated(work: AppendWork, embeddings: torch.Tensor) -> torch.Tensor | None:
-        """The last position's hidden state where it alone is appended again, as a device does to see its full row.
-
-        No forward is needed then, and the full row is the very one that the top of was sent.
+        A Work that failed leaves its cache cut to `keep`, or as it was where it is an Encode, and the others as if it
+        had not been there.
         """
-        last = work.cache.last
-        again = last is not None and work.keep == work.cache.length - 1 and work.rows == len(embeddings) == 1
-        return last.hidden if again and last is not None and torch.equal(last.embedding, embeddings) else None
 
-    def forward(self, cache: KVCache, **inputs: torch.Tensor) -> torch.Tensor:
-        """The last hidden states [1, n, hidden] for `inputs_embeds`, or `input_ids` if the model can embed."""
-        states: torch.Tensor = self._body(**inputs, past_key_values=cache.stock, use_cache=True).last_hidden_state
-        return states
 
-    @staticmethod
-    def logit_rows(logits: torch.Tensor, top_k: int, temperature: float) -> LogitRows:
-        """What a reply says of logits [rows, vocab], in the dtype they are sent in: the top k by value, then id, or
-        all of them; and log-sum-exp of the values as sent, so that a device can rely on it."""
-        wide = finite(logits).float()
-        at_one = torch.logsumexp(wide, -1)
-        at_temperature = at_one if temperature == 1.0 else torch.logsumexp(wide / temperature, -1)
-        log_sum_exp = torch.stack([at_one, at_temperature], -1).cpu().numpy()
-        if top_k == 0:
-            return LogitRows(to_numpy(logits), np.empty((len(logits), 0), np.uint32), log_sum_exp)
-        top = torch.topk(wide, min(top_k, logits.shape[-1]), sorted=False)
-        values, ids = top.values.cpu().numpy(), top.indices.cpu().numpy().astype(np.uint32)
-        order = np.lexsort((ids, -values))
-        values, ids = np.take_along_axis(values, order, -1), np.take_along_axis(ids, order, -1)
-        # Back to the dtype it was computed in: exact, as it came from there.
-        return LogitRows(values.astype(DTYPES[str(logits.dtype).removeprefix("torch.")]), ids, log_sum_exp)
+def failed() -> RequestError:
+    """What a session is told of a failure that is the engine's."""
+    return RequestError("internal", "the engine failed; see the cloud's log")
+
+
+def not_finite() -> RequestError:
+    """What a session is told whose embeddings the model could not compute with."""
+    return RequestError("internal", "the model computed values that are not finite")

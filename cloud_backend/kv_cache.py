@@ -1,92 +1,178 @@
-"""A KV cache that can be cut back at no cost, for the stock model's cache interface."""
+"""KV memory: a fixed budget in pages that sessions take and give back, and the cache of one session made of them.
+
+All sessions of a model share one pool. A position of a sequence is a row of it, the same row in every layer, so a
+sequence is a list of rows wherever its pages lie, and what is cut, evicted or given back costs no copy.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
 
-FIRST_CAPACITY = 256  # positions
+from shared.wire import Array
+
+PAGE = 32  # positions
+RESERVED = 2  # pages that no session gets: see PagePool
+
+Rows = npt.NDArray[np.int64]
 
 
-class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped here
-    """Keys and values of one layer in storage that doubles when full. Every position is kept, so that any length can
-    be cut back to; a sliding window is the mask's business."""
+@dataclass(frozen=True)
+class LayerShape:
+    """Of the keys and values that one position leaves in a layer."""
 
-    is_sliding = False
-    is_croppable = True
+    heads: int
+    key_size: int
+    value_size: int
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.length = 0
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (
-            states.new_empty((*states.shape[:2], FIRST_CAPACITY, states.shape[3]))
-            for states in (key_states, value_states)
-        )
-        self.is_initialized = True
+class PagePool:
+    """The keys and values of all sessions of a model.
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends states [1, key/value heads, n, dim] and gives all states up to now."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        end = self.length + key_states.shape[2]
-        if end > self.keys.shape[2]:
-            capacity = max(end, 2 * self.keys.shape[2])
-            self.keys, self.values = (
-                torch.cat([old, old.new_empty((*old.shape[:2], capacity - old.shape[2], old.shape[3]))], dim=2)
-                for old in (self.keys, self.values)
-            )
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+    Row 0 is zero always: where sequences of different lengths are read side by side, it stands for what the shorter
+    ones lack. Whatever another session left in a page would do for finite values only, as 0 × NaN is NaN. The second
+    page takes what padded rows of a batch write.
+    """
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+    def __init__(self, layers: Sequence[LayerShape], dtype: torch.dtype, device: torch.device, budget: int) -> None:
+        """budget: bytes. Memory is touched as it is used."""
+        self.page_bytes = PAGE * dtype.itemsize * sum(one.heads * (one.key_size + one.value_size) for one in layers)
+        self.pages = max(1, budget // self.page_bytes) if self.page_bytes else 0
+        self._free = list(range(self.pages + RESERVED - 1, RESERVED - 1, -1))  # the lowest is taken first
+        rows = (self.pages + RESERVED) * PAGE
+        # [heads, rows, size] a layer
+        self.keys = [torch.empty(one.heads, rows, one.key_size, dtype=dtype, device=device) for one in layers]
+        self.values = [torch.empty(one.heads, rows, one.value_size, dtype=dtype, device=device) for one in layers]
+        for tensor in (*self.keys, *self.values):
+            tensor[:, :PAGE] = 0
 
-    def get_seq_length(self) -> int:
-        return self.length
+    @property
+    def positions(self) -> int:
+        """That the longest sequence can have, with nobody else there."""
+        return self.pages * PAGE
 
-    def get_max_length(self) -> int:
-        return -1
+    @property
+    def budget(self) -> int:
+        """Bytes of all pages."""
+        return self.pages * self.page_bytes
+
+    @property
+    def used(self) -> int:
+        """Bytes of the pages that sessions hold."""
+        return (self.pages - len(self._free)) * self.page_bytes
+
+    @property
+    def free(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
+
+    def take(self, after: int | None = None) -> int:
+        """A page; the one behind `after` if that is free, as neighbours are read without a copy."""
+        if after is not None:
+            for at in range(-1, -min(8, len(self._free)) - 1, -1):  # to look through all would cost more than it brings
+                if self._free[at] == after + 1:
+                    return self._free.pop(at)
+        return self._free.pop()
+
+    def give(self, pages: Sequence[int]) -> None:
+        """Takes pages back."""
+        self._free.extend(reversed(pages))
+
+
+class Pages:
+    """The pages of one sequence."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+        self._held: list[int] = []
+        self.rows: Rows = np.empty(0, np.int64)  # of every position that fits
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def lacking(self, positions: int) -> int:
+        """Pages to take before so many positions fit."""
+        return max(0, -(-positions // PAGE) - len(self._held))
+
+    def reserve(self, positions: int) -> bool:
+        """Makes room for so many positions. False, and nothing changed, where too few pages are free."""
+        lacking = self.lacking(positions)
+        if lacking > self._pool.free:
+            return False
+        for _ in range(lacking):
+            self._held.append(self._pool.take(self._held[-1] if self._held else None))
+        if lacking:
+            self._number()
+        return True
+
+    def trim(self, positions: int) -> None:
+        """Gives back what lies behind so many positions."""
+        kept = -(-positions // PAGE)
+        if kept < len(self._held):
+            self._pool.give(self._held[kept:])
+            del self._held[kept:]
+            self._number()
+
+    def _number(self) -> None:
+        self.rows = (np.array(self._held, np.int64)[:, None] * PAGE + np.arange(PAGE)).ravel()
+
+    def span(self, positions: int) -> slice | None:
+        """The rows of the first positions where they lie side by side."""
+        if not positions or self.rows[positions - 1] - self.rows[0] != positions - 1:
+            return None
+        start = int(self.rows[0])
+        # Pages are distinct, but may lie in any order between the first and the last.
+        pages = self._held[: -(-positions // PAGE)]
+        in_order = all(page == pages[0] + at for at, page in enumerate(pages))
+        return slice(start, start + positions) if in_order else None
 
 
 @dataclass(frozen=True)
 class Last:
-    """The last position of a sequence: what went in and what came out, each [1, hidden_size]."""
+    """The last position of a sequence: what went in [1, width], as it came, and the state [1, hidden] that came out."""
 
-    embedding: torch.Tensor
+    embedding: Array
     hidden: torch.Tensor
 
 
 class KVCache:
-    """The KV cache of one session: one sequence, cut back and appended to. With 0 layers it stays empty."""
+    """The KV cache of one session: one sequence, cut back and appended to. Without a pool it stays empty."""
 
-    def __init__(self, layers: int) -> None:
-        self._layers = [GrowingLayer() for _ in range(layers)]
-        self.stock = Cache(layers=self._layers)  # what the stock model takes as past_key_values
+    def __init__(self, pool: PagePool | None) -> None:
+        self.length = 0  # positions held
         self.last: Last | None = None
-
-    @property
-    def length(self) -> int:
-        """Positions held."""
-        return self._layers[0].length if self._layers else 0
+        self.pages = Pages(pool) if pool is not None else None
 
     @property
     def ready(self) -> bool:
         """Whether a decoder can go on from here: one that reads a source sequence needs it first."""
         return True
 
+    @property
+    def held(self) -> int:
+        """Pages that it holds."""
+        return len(self.pages) if self.pages is not None else 0
+
+    def reserve_source(self, length: int) -> bool:
+        """Makes room for a source sequence, where the model reads one. False where too few pages are free."""
+        return True
+
     def cut(self, keep: int) -> None:
         """Forgets every position from `keep` on."""
         if keep < self.length:
             self.last = None
-        for layer in self._layers:
-            layer.length = min(layer.length, keep)
+            self.length = keep
+
+    def trim(self) -> None:
+        """Gives back the pages that hold nothing."""
+        if self.pages is not None:
+            self.pages.trim(self.length)
+
+    def clear(self) -> None:
+        """Forgets everything and gives every page back."""
+        self.cut(0)
+        self.trim()

@@ -20,9 +20,10 @@ class Limits:
     max_rows: int = 64
     max_full_rows: int = 8
     max_top_k: int = 1024
-    max_sessions: int = 64  # sessions of the whole server
+    max_sessions: int = 1024  # sessions of the whole server
     idle_seconds: float = 600.0
     open_seconds: float = 10.0  # from the connection to `Open`
+    grace_seconds: float = 60.0  # that a session is kept for whose connection was lost
 
 
 def check_append(message: Append, engine: Engine, limits: Limits, dtype: FloatName) -> None:

@@ -6,12 +6,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from safetensors import safe_open
 
+from cloud_backend.decoder import DecoderEngine
 from cloud_backend.encoder import EncoderEngine
-from cloud_backend.engine import Engine, TorchEngine
+from cloud_backend.engine import Engine
 from cloud_backend.tensors import TORCH_DTYPES
 from cloud_backend.translation import TranslationEngine
 from cloud_backend.vision import ImageEncoderEngine, VisionEngine
@@ -20,8 +22,8 @@ from shared.manifest import CloudManifest, Kind, check_files, read_manifest
 from shared.wire import FloatName
 
 # The engine of each kind, and the stock classes it runs; a decoder's is any that gives the next token's logits.
-ENGINES: dict[Kind, tuple[type[TorchEngine] | type[EncoderEngine], tuple[str, ...]]] = {
-    "decoder": (TorchEngine, ("*ForCausalLM", "*LMHeadModel")),
+ENGINES: dict[Kind, tuple[type[DecoderEngine] | type[EncoderEngine], tuple[str, ...]]] = {
+    "decoder": (DecoderEngine, ("*ForCausalLM", "*LMHeadModel")),
     "encoder": (
         EncoderEngine,
         (
@@ -41,10 +43,21 @@ ENGINES: dict[Kind, tuple[type[TorchEngine] | type[EncoderEngine], tuple[str, ..
 }
 
 
+SHARE = {"cpu": 4, "cuda": 2}  # of the free memory that sessions get: one part in so many
+
+
 def open_context(
-    folder: Path, *, dtype: str = "auto", device: str = "auto", context: int | None = None, verify: bool = False
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    context: int | None = None,
+    kv_bytes: int | None = None,
+    verify: bool = False,
 ) -> tuple[CloudManifest, Engine]:
     """Checks an exported cloud folder and loads it. `verify` hashes every byte; shard headers are always checked.
+
+    kv_bytes: the budget of KV memory; None takes a share of what is free once the model is loaded.
 
     Raises BundleError where the folder is not whole, or holds a model that its kind does not fit.
     """
@@ -58,7 +71,15 @@ def open_context(
             "device cuda: torch finds no CUDA device", hint="--device cpu, or install a CUDA build of torch"
         )
     engine, _ = ENGINES[manifest.kind]
-    return manifest, engine(load_model(folder, chosen, device), chosen, context)
+    model = load_model(folder, chosen, device)
+    return manifest, engine(model, chosen, context, kv_bytes or free_memory(device) // SHARE[device])
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on a device now."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available)
 
 
 def load_model(folder: Path, dtype: FloatName, device: str) -> Any:

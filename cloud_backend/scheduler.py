@@ -1,41 +1,28 @@
-"""Runs the work of all sessions on the engines, one batch at a time, first come first served.
+"""Runs the work of all sessions on the engines, step by step: continuous batching.
 
-A session has at most one work here, so taking turns in order of arrival is round robin: none starves.
+One step takes every session of an engine that has work; `turns` says how much of each. Engines take turns.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TypeVar
 
-from cloud_backend.engine import Engine, Result, Work
+from cloud_backend.engine import AppendWork, Engine, Outcome, Work, failed
+from cloud_backend.kv_cache import KVCache
+from cloud_backend.turns import Job, Timed, Turns
 from shared.errors import RequestError
 
 log = logging.getLogger("stip.cloud")
 T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Timed:
-    """A result, or why there is none, with the time it waited and ran."""
-
-    result: Result | RequestError
-    queue_us: int
-    compute_us: int
-
-
-@dataclass(frozen=True)
-class _Job:
-    engine: Engine
-    work: Work
-    arrived: float
-    done: asyncio.Future[Timed]
+RETURN_SHARE = 0.2  # of a step's time that the next one waits for those who were just answered
+LOOK_SECONDS = 0.05  # between looks at memory that a request waits for
 
 
 class Scheduler:
@@ -46,59 +33,127 @@ class Scheduler:
     """
 
     def __init__(self) -> None:
-        self._jobs: deque[_Job] = deque()
+        # Called after each step with its sessions, rows and seconds, and for each session that was evicted.
+        self.on_step: Callable[[Engine, int, int, float], None] = lambda engine, sessions, rows, seconds: None
+        self.on_evict: Callable[[Engine], None] = lambda engine: None
+        self._jobs: list[Job] = []
+        self._turns: dict[Engine, Turns] = {}  # whose turn it is comes first
+        self._returning: set[KVCache] = set()  # who was answered in the last step
+        self._return_until = 0.0
         self._wake = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "engine")
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no step has begun."""
+        return sum(job.begun is None for job in self._jobs)
 
     def call(self, function: Callable[[], T]) -> T:
         """Runs `function` in the engines' thread and gives what it gives: for loading models."""
         return self._thread.submit(function).result()
 
-    async def submit(self, engine: Engine, work: Work) -> Timed:
-        """Waits for the turn of `work` and gives its result. A caller that is cancelled gives up its turn."""
-        job = _Job(engine, work, time.perf_counter(), asyncio.get_running_loop().create_future())
+    async def submit(self, engine: Engine, work: Work, dropped: Callable[[], bool] = lambda: False) -> Timed:
+        """Waits for the turns of `work` and gives its result.
+
+        dropped: once it is true, no further step takes the work, and the result is the error `cancelled`; a caller
+        that is cancelled gives up its turns in the same way. Either leaves the cache as it was, or cut to `keep`
+        where a step had begun it.
+        """
+        job = Job(engine, work, time.perf_counter(), asyncio.get_running_loop().create_future(), dropped)
         self._jobs.append(job)
         self._wake.set()
         return await job.done
 
+    def release(self, engine: Engine, cache: KVCache) -> None:
+        """A session has ended: its memory is free for others."""
+        self._returning.discard(cache)
+        if engine in self._turns:
+            self._turns[engine].forget(cache)
+        cache.clear()
+
     async def run(self) -> None:
-        """Serves jobs until cancelled; the forward that is running then still ends."""
+        """Serves jobs until cancelled; the step that is running then still ends."""
         loop = asyncio.get_running_loop()
         try:
             while True:
-                batch = self._next_batch()
-                if not batch:
-                    self._wake.clear()
-                    await self._wake.wait()
+                await self._gather()
+                step = self._next_step()
+                if not step:
+                    await self._pause()
                     continue
                 started = time.perf_counter()
-                results = await loop.run_in_executor(self._thread, _run, batch)
-                compute_us = int((time.perf_counter() - started) * 1e6)
-                for job, result in zip(batch, results, strict=True):
-                    if not job.done.done():
-                        job.done.set_result(Timed(result, int((started - job.arrived) * 1e6), compute_us))
+                for job, _ in step:
+                    job.begun = job.begun or started
+                engine = step[0][0].engine
+                outcomes = await loop.run_in_executor(self._thread, _run, engine, [piece for _, piece in step])
+                self._finish(engine, step, outcomes, time.perf_counter() - started)
         finally:
             self._thread.shutdown(wait=True)
 
-    def _next_batch(self) -> list[_Job]:
-        """The oldest job, and others behind it for the same engine, as many as it takes at once."""
-        batch: list[_Job] = []
-        waiting: deque[_Job] = deque()
-        while self._jobs:
-            job = self._jobs.popleft()
+    async def _gather(self) -> None:
+        """Waits a little for those who were just answered, so that steps are taken together rather than in halves."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._return_until):
+                while self._jobs and self._returning.difference(job.cache for job in self._jobs):
+                    self._wake.clear()
+                    await self._wake.wait()
+
+    async def _pause(self) -> None:
+        """Until there is work, or for a moment where work waits for memory."""
+        self._wake.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_SECONDS if self._jobs else None):
+                await self._wake.wait()
+
+    def _next_step(self) -> list[tuple[Job, Work]]:
+        self._end_dropped()
+        for job in self._jobs:
+            self._turns.setdefault(job.engine, Turns(job.engine, lambda engine: self.on_evict(engine)))
+        for engine, turns in list(self._turns.items()):
+            if step := turns.next_step([job for job in self._jobs if job.engine is engine]):
+                self._turns[engine] = self._turns.pop(engine)  # the others come first next time
+                return step
+        return []
+
+    def _end_dropped(self) -> None:
+        for job in self._jobs:
+            if not job.done.done() and job.dropped():
+                job.end(RequestError("cancelled", "dropped by Cancel"))
             if job.done.done():
-                continue  # its session went away
-            if not batch or (job.engine is batch[0].engine and len(batch) < job.engine.largest_batch):
-                batch.append(job)
-            else:
-                waiting.append(job)
-        self._jobs = waiting
-        return batch
+                job.let_go()
+        self._jobs = [job for job in self._jobs if not job.done.done()]
+
+    def _finish(self, engine: Engine, step: list[tuple[Job, Work]], outcomes: list[Outcome], seconds: float) -> None:
+        self._returning = set()
+        for (job, piece), outcome in zip(step, outcomes, strict=True):
+            job.compute += seconds
+            if not job.done.done():  # else its connection went away meanwhile
+                answered = self._take(job, piece, outcome)
+                self._turns[engine].served(job, answered=answered)
+        self._return_until = asyncio.get_running_loop().time() + RETURN_SHARE * seconds
+        self.on_step(engine, len(step), sum(len(piece.embeddings) for _, piece in step), seconds)
+
+    def _take(self, job: Job, piece: Work, outcome: Outcome) -> bool:
+        """Takes what came of a piece. Whether it was the last."""
+        if isinstance(outcome, AppendWork):
+            job.work = outcome
+            return False
+        if isinstance(outcome, RequestError):
+            job.let_go()
+        else:
+            job.sent += len(piece.embeddings)
+            if job.left:
+                return False
+            job.cache.trim()
+        job.end(outcome)
+        self._jobs.remove(job)
+        self._returning.add(job.cache)
+        return True
 
 
-def _run(batch: list[_Job]) -> list[Result] | list[RequestError]:
+def _run(engine: Engine, batch: list[Work]) -> list[Outcome]:
     try:
-        return batch[0].engine.run([job.work for job in batch])
-    except Exception as error:  # any failure of a model is this batch's alone: the server and other sessions go on
+        return engine.run(batch)
+    except Exception as error:  # the engine's own doing: the server and other engines go on
         log.error("engine failed: %s", type(error).__name__)  # its text could quote tensors
-        return [RequestError("internal", "the engine failed; see the cloud's log") for _ in batch]
+        return [failed() for _ in batch]

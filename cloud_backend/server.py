@@ -13,9 +13,11 @@ from contextlib import asynccontextmanager
 
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 from websockets.typing import Origin
 
+from cloud_backend.leases import Leases
 from cloud_backend.limits import Limits
 from cloud_backend.scheduler import Scheduler
 from cloud_backend.session import Context, Session
@@ -39,6 +41,7 @@ class CloudServer:
         self._tokens = tokens
         self._scheduler = scheduler or Scheduler()
         self._connections: set[_Connection] = set()
+        self._leases = Leases(limits.grace_seconds, self._scheduler.release)
         self._only_loopback = False
 
     @asynccontextmanager
@@ -82,14 +85,21 @@ class CloudServer:
                 f"cannot listen on {host} port {port}: {error.strerror}", hint="is it in use? try --port"
             ) from None
         engines = asyncio.create_task(self._scheduler.run())
+        expiry = asyncio.create_task(self._expire())
         try:
             async with server:
                 yield server
                 await self._tell_everyone()
         finally:
+            expiry.cancel()
             engines.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await engines
+
+    async def _expire(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            self._leases.expire()
 
     def _check_host(self, connection: ServerConnection, request: Request) -> Response | None:
         """On loopback, refuses names that only DNS rebinding would bring here."""
@@ -100,7 +110,12 @@ class CloudServer:
         return None
 
     async def _serve(self, socket: ServerConnection) -> None:
-        session = Session(self._contexts, self._limits, lambda token: self._authorized(socket, token))
+        session = Session(
+            self._contexts,
+            self._limits,
+            lambda token: "anyone" if self._authorized(socket, token) else None,
+            self._leases,
+        )
         connection = _Connection(socket, session, self._scheduler, self._limits)
         if len(self._connections) >= self._limits.max_sessions:
             session.fail(
@@ -113,6 +128,8 @@ class CloudServer:
             await connection.run()
         finally:
             self._connections.discard(connection)
+            # A device that says goodbye does not come back, nor is one welcome that was sent away.
+            session.leave(keep=session.closing is None and socket.close_code != CloseCode.NORMAL_CLOSURE)
             log.info("session closed, %d open", len(self._connections))
 
     def _authorized(self, socket: ServerConnection, token: str | None) -> bool:
@@ -141,6 +158,8 @@ class _Connection:
         self._answered = asyncio.Event()
         self._over = False  # nothing will be answered any more: the socket is gone
         self._sending = asyncio.Lock()  # keeps frames in order while a slow reader holds one up
+        self._closer: asyncio.Task[None] | None = None
+        session.on_displaced = self._displaced
 
     async def run(self) -> None:
         """Until the socket closes, or the session wants it closed."""
@@ -184,7 +203,7 @@ class _Connection:
                 self._received.clear()
                 while (work := session.start()) is not None:
                     assert session.context is not None
-                    timed = await self._scheduler.submit(session.context.engine, work)
+                    timed = await self._scheduler.submit(session.context.engine, work, session.dropped)
                     session.finish(timed.result, queue_us=timed.queue_us, compute_us=timed.compute_us)
                     self._answered.set()
                     await self.flush()
@@ -200,6 +219,9 @@ class _Connection:
                 await self._socket.send(self._session.outbox.popleft())
         if self._session.closing is not None:
             await self._socket.close(*self._session.closing)
+
+    def _displaced(self) -> None:
+        self._closer = asyncio.ensure_future(self.flush())
 
     async def shut_down(self) -> None:
         """Tells the device that the cloud stops; a device that does not read is not waited for."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cloud_backend.engine import AppendWork, EncodeWork, Engine, HiddenRows, LogitRows, Result, Work
+from cloud_backend.leases import Lease, Leases
 from cloud_backend.limits import Limits, check_append, check_encode
 from shared.errors import RequestError, WireError
 from shared.wire import (
@@ -72,16 +73,26 @@ class Session:
     """The cloud's side of PROTOCOL.md for one connection."""
 
     def __init__(
-        self, contexts: Mapping[tuple[str, str], Context], limits: Limits, accept_token: Callable[[str | None], bool]
+        self,
+        contexts: Mapping[tuple[str, str], Context],
+        limits: Limits,
+        identify: Callable[[str | None], str | None],
+        leases: Leases,
     ) -> None:
+        """identify: whose a token is, in any words; None where it is not accepted. leases: of all sessions."""
         self.outbox: deque[bytes] = deque()
         self.closing: tuple[int, str] | None = None
         self.context: Context | None = None
         self._contexts = contexts
         self._limits = limits
-        self._accept_token = accept_token
+        self._identify = identify
+        self._leases = leases
+        self._lease: Lease | None = None
+        self.on_displaced: Callable[[], None] = lambda: None  # called when another connection took the session over
         self._pending: deque[_Request] = deque()
         self._running: _Request | None = None
+        self._cancelled = False  # the running one
+        self._length_before = 0  # KV length when it started
         self._in_flight = 0
         self._last_seq = -1
         self._changed_by: int | None = None  # seq of the request that last changed the KV cache
@@ -96,6 +107,10 @@ class Session:
     def busy(self) -> bool:
         """Whether a request waits or runs."""
         return bool(self._pending) or self._running is not None
+
+    def dropped(self) -> bool:
+        """Whether nobody wants the running work any more."""
+        return self._cancelled or self.closing is not None
 
     def receive(self, frame: bytes) -> None:
         """Takes one binary frame of the device's."""
@@ -130,7 +145,8 @@ class Session:
             self._pending.clear()
 
     def _open(self, message: Open) -> None:
-        if not self._accept_token(message.token):
+        owner = self._identify(message.token)
+        if owner is None:
             self.fail("unauthorized", "token: missing or not known here")
             return
         context = self._contexts.get((message.model, message.key_id))
@@ -142,15 +158,18 @@ class Session:
             return
         engine = context.engine
         self.context = context
-        self._cache = engine.new_cache()
+        bound_to = (message.model, message.key_id, owner)
+        lease = None if message.resume is None else self._leases.take(message.resume, bound_to, self._displaced)
+        self._lease = lease or self._leases.new(bound_to, engine, self._displaced)
+        self._cache = self._lease.cache
         self._dtype = engine.dtype if message.dtype == "auto" else message.dtype
         limits = self._limits
         self.outbox.append(
             encode(
                 Opened(
                     session=secrets.token_hex(4),
-                    resume=secrets.token_urlsafe(16),
-                    kv_length=0,
+                    resume=self._lease.secret,
+                    kv_length=self._cache.length,
                     hidden_size=engine.hidden_size,
                     vocab_size=engine.vocab_size,
                     dtype=self._dtype,
@@ -166,6 +185,17 @@ class Session:
                 )
             )
         )
+
+    def _displaced(self) -> None:
+        """Another connection has taken the session over."""
+        self._pending.clear()
+        self.closing = self.closing or (1008, "taken over by a newer connection")
+        self.on_displaced()
+
+    def leave(self, *, keep: bool) -> None:
+        """The connection has ended. keep: the session may come back."""
+        if self._lease is not None:
+            self._leases.leave(self._lease, self._displaced, keep=keep)
 
     def _request(self, seq: int, size: int, message: Append | Encode | WireError) -> None:
         if seq <= self._last_seq:
@@ -199,6 +229,7 @@ class Session:
             check_encode(message, self.context.engine, limits, self._dtype)
 
     def _cancel(self, seq: int) -> None:
+        self._cancelled = self._running is not None and self._running.seq >= seq
         for request in self._pending:
             if request.seq >= seq and request.error is None:
                 self._in_flight -= request.size
@@ -213,7 +244,7 @@ class Session:
                 break
             request = self._pending.popleft()
             assert request.message is not None
-            self._running = request
+            self._running, self._cancelled, self._length_before = request, False, self._cache.length
             try:
                 return self._work(request.message)
             except RequestError as error:
@@ -256,7 +287,8 @@ class Session:
         if self.closing is not None:
             return
         if isinstance(result, RequestError):
-            if result.code == "internal" and isinstance(request.message, Append):  # the engine may have cut the cache
+            failed = result.code == "internal" and isinstance(request.message, Append)
+            if failed or self._cache.length != self._length_before:  # the engine may have cut the cache
                 self._changed_by = None
             self._reply_error(request.seq, result)
         else:

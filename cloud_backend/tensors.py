@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import numpy as np
 import torch
 
@@ -34,3 +36,8 @@ def to_numpy(tensor: torch.Tensor) -> Array:
     if tensor.dtype is torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(DTYPES["bfloat16"])
     return tensor.numpy()
+
+
+def device_of(model: Any) -> Literal["cpu", "cuda"]:
+    """Where a stock model computes."""
+    return "cuda" if model.device.type == "cuda" else "cpu"

@@ -2,71 +2,119 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from cloud_backend.engine import EncodedRows, EncodeWant, EncodeWork, Result, TorchEngine, Work
-from cloud_backend.kv_cache import KVCache
+from cloud_backend.attention import pooled_cache
+from cloud_backend.decoder import DecoderEngine, layer_shapes
+from cloud_backend.engine import AppendWork, EncodedRows, EncodeWant, EncodeWork, Outcome, Work
+from cloud_backend.kv_cache import KVCache, LayerShape, PagePool, Pages
+from cloud_backend.step import Span, Step
 from cloud_backend.tensors import finite
 from shared.wire import DTYPES, FloatName
 
 
 class SourceCache(KVCache):
-    """The KV cache of a decoder, and the source sequence that it reads."""
+    """The KV cache of a decoder, and the source sequence that it reads: keys and values in pages of their own."""
 
-    def __init__(self, layers: int) -> None:
-        super().__init__(layers)
-        self.source: torch.Tensor | None = None  # [1, n, hidden], as the encoder left it
+    def __init__(self, pool: PagePool) -> None:
+        super().__init__(pool)
+        self.source, self.coming = Pages(pool), Pages(pool)
+        self.source_length = 0
 
     @property
     def ready(self) -> bool:
-        return self.source is not None
+        return self.source_length > 0
 
-    def store(self, source: torch.Tensor) -> None:
-        """Takes a source sequence [1, n, hidden] in place of the one before, and forgets every position."""
+    @property
+    def held(self) -> int:
+        return super().held + len(self.source) + len(self.coming)
+
+    def reserve_source(self, length: int) -> bool:
+        return self.coming.reserve(length)
+
+    def store(self, length: int) -> None:
+        """Takes what is in `coming` in place of the source before, and forgets every position."""
         self.cut(0)
-        self.source = source
-        self.read_anew()
+        self.source, self.coming = self.coming, self.source
+        self.source_length = length
+        self.trim()
 
-    def read_anew(self) -> None:
-        """Lets the next forward compute the keys and values of the source."""
-        self.stock = EncoderDecoderCache(Cache(layers=self._layers), DynamicCache())
+    def trim(self) -> None:
+        super().trim()
+        self.source.trim(self.source_length)
+        self.coming.trim(0)
+
+    def clear(self) -> None:
+        self.source_length = 0
+        super().clear()
 
 
-class TranslationEngine(TorchEngine):
+class NoPositions(torch.nn.Module):
+    """Stands where Marian adds positions, which devices have added already."""
+
+    def forward(self, *_: Any, **__: Any) -> float:
+        return 0.0
+
+
+class TranslationEngine(DecoderEngine):
     """Marian: a stock encoder of the source, a stock decoder with cross-attention."""
 
     encodes: tuple[EncodeWant, ...] = ("store",)
 
-    def __init__(self, model: Any, dtype: FloatName, context: int | None = None) -> None:
-        super().__init__(model, dtype, context)
-        self._layers = model.config.decoder_layers
+    def __init__(self, model: Any, dtype: FloatName, context: int | None = None, kv_bytes: int = 2**28) -> None:
         self.encoder_size: int = model.config.hidden_size
         self.encoder_context: int = model.config.max_position_embeddings
-
-    def new_cache(self) -> SourceCache:
-        return SourceCache(self._layers)
+        self._one = torch.zeros(1, 1, self.encoder_size, dtype=model.dtype, device=model.device)
+        super().__init__(model, dtype, context, kv_bytes)
+        self._body.embed_positions = NoPositions()
+        # A source of full length and an answer of full length must fit together.
+        half = self.pool.positions // 2
+        self.encoder_context, self.context = min(self.encoder_context, half), min(self.context, half)
 
     @torch.inference_mode()
-    def _run_one(self, work: Work) -> Result:
-        if not isinstance(work, EncodeWork):
-            return super()._run_one(work)
-        assert isinstance(work.cache, SourceCache)
-        embeddings = self._tensor(work.embeddings)[None]  # [1, n, hidden]
-        states = self._model.get_encoder()(inputs_embeds=embeddings).last_hidden_state
-        work.cache.store(finite(states))
+    def _layers(self) -> list[LayerShape]:
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        self._body(inputs_embeds=self._one, encoder_hidden_states=self._one, past_key_values=cache, use_cache=True)
+        return layer_shapes(cache.self_attention_cache)
+
+    def _pooled(self) -> Cache:
+        return pooled_cache(self.pool, sources=True)
+
+    def new_cache(self) -> SourceCache:
+        return SourceCache(self.pool)
+
+    def _run(self, batch: Sequence[Work]) -> list[Outcome]:
+        appended = iter(super()._run([work for work in batch if isinstance(work, AppendWork)]))
+        return [self._store(work) if isinstance(work, EncodeWork) else next(appended) for work in batch]
+
+    def _store(self, work: EncodeWork) -> Outcome:
+        cache = work.cache
+        assert isinstance(cache, SourceCache)
+        if not work.reserve():
+            raise MemoryError("KV pool: nothing was reserved")
+        (length,) = work.lengths
+        embeddings = self._tensor([work.embeddings])[None]  # [1, n, hidden]
+        states = finite(self._model.get_encoder()(inputs_embeds=embeddings).last_hidden_state[0])  # [n, hidden]
+        rows = torch.from_numpy(cache.coming.rows[:length]).to(states.device)
+        for layer, keys, values in zip(self._body.layers, self.pool.keys, self.pool.values, strict=True):
+            attention = layer.encoder_attn
+            for memory, projected in ((keys, attention.k_proj(states)), (values, attention.v_proj(states))):
+                memory.index_copy_(1, rows, projected.unflatten(-1, (len(memory), -1)).transpose(0, 1))
+        cache.store(length)
         return EncodedRows(np.empty((0, self.hidden_size), DTYPES[work.dtype]))
 
-    def forward(self, cache: KVCache, **inputs: torch.Tensor) -> torch.Tensor:
-        assert isinstance(cache, SourceCache) and cache.source is not None
-        try:
-            return super().forward(cache, encoder_hidden_states=cache.source, **inputs)
-        except BaseException:
-            cache.read_anew()  # a layer may hold half of them
-            raise
+    def _span(self, work: AppendWork) -> Span:
+        cache = work.cache
+        assert isinstance(cache, SourceCache) and cache.pages is not None
+        return Span(cache.pages, work.keep, len(work.embeddings), cache.source, cache.source_length)
+
+    def _beside(self, step: Step) -> dict[str, Any]:
+        return {"encoder_hidden_states": self._one}  # that there is a source; its keys and values are in the pool
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = super()._logits(hidden) + self._model.final_logits_bias

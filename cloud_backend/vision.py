@@ -5,14 +5,17 @@ Devices cut images into patches and embed them, so the stock models begin behind
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from cloud_backend.decoder import DecoderEngine
 from cloud_backend.encoder import EncoderEngine
-from cloud_backend.engine import AppendKind, AppendWork, TorchEngine
-from cloud_backend.tensors import finite
+from cloud_backend.engine import AppendKind, AppendWork, Outcome, Work, not_finite
+from cloud_backend.tensors import to_numpy
 from shared.errors import BundleError
 from shared.wire import FloatName
 
@@ -35,8 +38,8 @@ class ImageEncoderEngine(EncoderEngine):
 
     same_length = True
 
-    def __init__(self, model: Any, dtype: FloatName, context: int | None = None) -> None:
-        """context: without effect, as every image has the same length."""
+    def __init__(self, model: Any, dtype: FloatName, context: int | None = None, kv_bytes: int = 0) -> None:
+        """context, kv_bytes: without effect, as every image has the same length."""
         super().__init__(model, dtype)
         self._body.pooler = None  # it is not offered
         self._body.embeddings = Embedded(model.dtype)
@@ -51,13 +54,13 @@ class ImageEncoderEngine(EncoderEngine):
         return model(pixel_values=padded)
 
 
-class VisionEngine(TorchEngine):
+class VisionEngine(DecoderEngine):
     """LLaVA: a stock decoder, and a CLIP tower whose patches become positions of the decoder."""
 
     appends: tuple[AppendKind, ...] = ("text", "image")
 
-    def __init__(self, model: Any, dtype: FloatName, context: int | None = None) -> None:
-        super().__init__(model, dtype, context)
+    def __init__(self, model: Any, dtype: FloatName, context: int | None = None, kv_bytes: int = 2**28) -> None:
+        super().__init__(model, dtype, context, kv_bytes)
         tower, config = model.model.vision_tower, model.config
         if config.vision_config.model_type != "clip_vision_model":
             raise BundleError(
@@ -70,8 +73,17 @@ class VisionEngine(TorchEngine):
         self.image_tokens: int = self.encoder_context - class_token
         tower.embeddings = Embedded(model.dtype)
 
-    def _inputs(self, work: AppendWork, embeddings: torch.Tensor) -> torch.Tensor:
-        if work.kind == "text":
-            return embeddings
-        (features,) = self._model.get_image_features(pixel_values=embeddings[None]).pooler_output
-        return finite(features)  # [image_tokens, hidden]; no row of it is sent that would be checked
+    def _run(self, batch: Sequence[Work]) -> list[Outcome]:
+        images = [work for work in batch if isinstance(work, AppendWork) and work.kind == "image"]
+        seen = iter(self._look(images) if images else ())
+        others = iter(super()._run([work for work in batch if work not in images]))
+        return [next(seen if work in images else others) for work in batch]
+
+    def _look(self, works: Sequence[AppendWork]) -> list[Outcome]:
+        """What the tower makes of each image, to be appended like text: rows [image_tokens, hidden]."""
+        patches = self._tensor([work.embeddings for work in works]).view(len(works), -1, self.encoder_size)
+        features = self._model.get_image_features(pixel_values=patches).pooler_output  # one an image
+        return [
+            replace(work, kind="text", embeddings=to_numpy(rows)) if torch.isfinite(rows).all() else not_finite()
+            for work, rows in zip(works, features, strict=True)
+        ]

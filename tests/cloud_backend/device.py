@@ -12,7 +12,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
-from cloud_backend.engine import AppendWork, LogitRows, TorchEngine
+from cloud_backend.decoder import DecoderEngine
+from cloud_backend.engine import AppendWork, LogitRows
 from shared import wire
 from shared.manifest import CloudManifest, read_manifest
 
@@ -108,7 +109,7 @@ def decode_greedily(step: Callable[[int, np.ndarray], np.ndarray], count: int, *
     return rows
 
 
-def engine_step(engine: TorchEngine) -> Callable[[int, np.ndarray], np.ndarray]:
+def engine_step(engine: DecoderEngine) -> Callable[[int, np.ndarray], np.ndarray]:
     """A step of decode_greedily in this process, on a cache of its own."""
     cache = engine.new_cache()
 

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 
 from cloud_backend.engine import EncodedRows, EncodeWork, HiddenRows, LogitRows, Result, Work
+from cloud_backend.leases import Leases
 from cloud_backend.limits import Limits
 from cloud_backend.session import Context, Session
 from shared import wire
@@ -38,6 +39,9 @@ class ListCache:
     def cut(self, keep: int) -> None:
         del self.held[keep:]
 
+    def clear(self) -> None:
+        self.held, self.source = [], None
+
 
 class ListEngine:
     """The least that a session needs of an engine. Its logits say only which row they are of."""
@@ -48,7 +52,8 @@ class ListEngine:
     same_length = False
     encoder_size = encoder_context = image_tokens = 0
     dtype: wire.FloatName = "float32"
-    largest_batch = 1
+    device = "cpu"
+    pool = None
 
     def __init__(self) -> None:
         self.caches: list[ListCache] = []
@@ -87,7 +92,10 @@ class Cloud:
         for name, value in engine.items():
             setattr(self.engine, name, value)
         contexts = {("tiny", "key"): Context("tiny", "key", self.engine)}
-        self.session = Session(contexts, limits, lambda given: token is None or given == token)
+        self.leases = Leases(limits.grace_seconds, lambda engine, cache: cache.clear())
+        self.session = Session(
+            contexts, limits, lambda given: "car" if token is None or given == token else None, self.leases
+        )
         self.sent: list[Any] = []
 
     @property

@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from cloud_backend.engine import AppendWork, HiddenRows, LogitRows, TorchEngine
-from cloud_backend.kv_cache import FIRST_CAPACITY, KVCache
+from cloud_backend.answers import logit_rows
+from cloud_backend.decoder import DecoderEngine
+from cloud_backend.engine import AppendWork, HiddenRows, LogitRows
+from cloud_backend.kv_cache import PAGE, KVCache
 from cloud_backend.opening import open_context
 from shared import wire
 from tests.checkpoints import SIZES, randomise
@@ -27,10 +29,10 @@ SEQUENCE = np.random.default_rng(5).normal(size=(40, WIDTH)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
-def engines(tiny_exports: Callable[[str], Path]) -> Callable[[str], TorchEngine]:
-    made: dict[str, TorchEngine] = {}
+def engines(tiny_exports: Callable[[str], Path]) -> Callable[[str], DecoderEngine]:
+    made: dict[str, DecoderEngine] = {}
 
-    def engine(kind: str) -> TorchEngine:
+    def engine(kind: str) -> DecoderEngine:
         if kind not in made:
             made[kind] = open_context(tiny_exports(kind) / "cloud", device="cpu")[1]
         return made[kind]
@@ -59,7 +61,7 @@ def whole(model: Any, embeddings: np.ndarray) -> np.ndarray:
 
 
 def run(
-    engine: TorchEngine,
+    engine: DecoderEngine,
     cache: KVCache,
     keep: int,
     embeddings: np.ndarray,
@@ -92,7 +94,7 @@ plans = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 12) | st.just(0)) 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(plan=plans, seed=st.integers(0, 2**32 - 1))
 def test_any_pieces_and_cuts_give_the_logits_of_one_whole_forward(
-    engines: Callable[[str], TorchEngine],
+    engines: Callable[[str], DecoderEngine],
     stock: Callable[[str], Any],
     kind: str,
     plan: list[tuple[int, int] | None],
@@ -115,7 +117,7 @@ def test_any_pieces_and_cuts_give_the_logits_of_one_whole_forward(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_by_one_gives_the_logits_of_one_whole_forward(
-    engines: Callable[[str], TorchEngine], stock: Callable[[str], Any], kind: str
+    engines: Callable[[str], DecoderEngine], stock: Callable[[str], Any], kind: str
 ) -> None:
     engine = engines(kind)
     cache = engine.new_cache()
@@ -132,7 +134,7 @@ def test_the_window_of_the_sliding_model_matters_at_this_length(stock: Callable[
 
 
 def test_two_sequences_side_by_side_do_not_mix(
-    engines: Callable[[str], TorchEngine], stock: Callable[[str], Any]
+    engines: Callable[[str], DecoderEngine], stock: Callable[[str], Any]
 ) -> None:
     engine = engines("llama")
     caches = [engine.new_cache(), engine.new_cache()]
@@ -145,7 +147,7 @@ def test_two_sequences_side_by_side_do_not_mix(
         np.testing.assert_allclose(rows[k], whole(stock("llama"), sequences[k]), rtol=0, atol=TOLERANCE)
 
 
-def test_rows_are_those_of_the_last_embeddings(engines: Callable[[str], TorchEngine]) -> None:
+def test_rows_are_those_of_the_last_embeddings(engines: Callable[[str], DecoderEngine]) -> None:
     engine = engines("llama")
     all_rows = run(engine, engine.new_cache(), 0, SEQUENCE).values
     last = run(engine, engine.new_cache(), 0, SEQUENCE, rows=3).values
@@ -153,7 +155,7 @@ def test_rows_are_those_of_the_last_embeddings(engines: Callable[[str], TorchEng
 
 
 @pytest.mark.parametrize("top_k", [0, 5])
-def test_no_rows_still_fill_the_cache(engines: Callable[[str], TorchEngine], top_k: int) -> None:
+def test_no_rows_still_fill_the_cache(engines: Callable[[str], DecoderEngine], top_k: int) -> None:
     engine = engines("llama")
     cache = engine.new_cache()
     result = run(engine, cache, 0, SEQUENCE, rows=0, top_k=top_k)
@@ -161,7 +163,7 @@ def test_no_rows_still_fill_the_cache(engines: Callable[[str], TorchEngine], top
 
 
 def test_hidden_rows_are_what_the_classifier_reads(
-    engines: Callable[[str], TorchEngine], stock: Callable[[str], Any]
+    engines: Callable[[str], DecoderEngine], stock: Callable[[str], Any]
 ) -> None:
     engine, model = engines("llama"), stock("llama")
     result = run(engine, engine.new_cache(), 0, SEQUENCE, rows=4, want="hidden")
@@ -177,7 +179,7 @@ def test_hidden_rows_are_what_the_classifier_reads(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("before", [0, 1, 30])
 def test_the_last_embedding_again_gives_the_very_row_whose_top_was_sent(dtype: Any, before: int) -> None:
-    engine = TorchEngine(llama().to(getattr(torch, dtype)), dtype, CONTEXT)
+    engine = DecoderEngine(llama().to(getattr(torch, dtype)), dtype, CONTEXT)
     embeddings, cache = SEQUENCE.astype(wire.DTYPES[dtype]), engine.new_cache()
     if before:
         run(engine, cache, 0, embeddings[:before], rows=0)
@@ -195,7 +197,7 @@ def forwards(model: Any) -> list[int]:
 
 def test_the_last_embedding_again_takes_no_forward() -> None:
     model = llama()
-    engine, seen = TorchEngine(model, "float32", CONTEXT), forwards(model)
+    engine, seen = DecoderEngine(model, "float32", CONTEXT), forwards(model)
     cache = engine.new_cache()
     run(engine, cache, 0, SEQUENCE[:5], rows=1)
     run(engine, cache, 4, SEQUENCE[4:5])
@@ -208,7 +210,7 @@ def test_the_last_embedding_again_takes_no_forward() -> None:
     ids=["another", "appended", "one earlier", "with another", "alone"],
 )
 def test_anything_but_the_last_embedding_again_takes_a_forward(keep: int, piece: np.ndarray) -> None:
-    engine = TorchEngine(llama(), "float32", CONTEXT)
+    engine = DecoderEngine(llama(), "float32", CONTEXT)
     cache = engine.new_cache()
     run(engine, cache, 0, SEQUENCE[:5], rows=1)
     result = run(engine, cache, keep, piece)
@@ -218,12 +220,11 @@ def test_anything_but_the_last_embedding_again_takes_a_forward(keep: int, piece:
 
 def test_the_last_embedding_again_after_a_cut_takes_a_forward() -> None:
     model = llama()
-    engine = TorchEngine(model, "float32", CONTEXT)
+    engine = DecoderEngine(model, "float32", CONTEXT)
     cache = engine.new_cache()
     run(engine, cache, 0, SEQUENCE[:5], rows=1)
     failure = failing(model)
-    with pytest.raises(RuntimeError):
-        run(engine, cache, 3, SEQUENCE[7:9])
+    assert run(engine, cache, 3, SEQUENCE[7:9]).code == "internal"
     failure.remove()
     result = run(engine, cache, 2, SEQUENCE[4:5])
     expected = whole(llama(), np.concatenate([SEQUENCE[:2], SEQUENCE[4:5]]))[2:]
@@ -232,28 +233,29 @@ def test_the_last_embedding_again_after_a_cut_takes_a_forward() -> None:
 
 # --- growth ---
 
+FULL = 8 * PAGE
 
-def test_the_cache_grows_past_its_first_capacity() -> None:
+
+def test_the_cache_grows_page_by_page() -> None:
     model = llama(max_position_embeddings=1024)
     reference = llama(max_position_embeddings=1024)
-    engine = TorchEngine(model, "float32", 1024)
-    long = np.random.default_rng(1).normal(size=(2 * FIRST_CAPACITY + 90, WIDTH)).astype(np.float32)
+    engine = DecoderEngine(model, "float32", 1024)
+    long = np.random.default_rng(1).normal(size=(2 * FULL + 90, WIDTH)).astype(np.float32)
     cache, rows = engine.new_cache(), []
-    # 250 fits, 20 pass 256, 300 pass 512 as well, then one by one.
     starts = [0, 250, 270, 570, *range(571, len(long) + 1)]
     for start, end in pairwise(starts):
         rows.append(run(engine, cache, start, long[start:end]).values)
-    assert cache.length == len(long) > 2 * FIRST_CAPACITY
+    assert cache.length == len(long) > 2 * FULL
     np.testing.assert_allclose(np.concatenate(rows), whole(reference, long), rtol=0, atol=TOLERANCE)
 
 
 def test_a_grown_cache_can_be_cut_back_to_any_length() -> None:
     model = llama(max_position_embeddings=1024)
-    engine = TorchEngine(model, "float32", 1024)
-    long = np.random.default_rng(1).normal(size=(FIRST_CAPACITY + 60, WIDTH)).astype(np.float32)
+    engine = DecoderEngine(model, "float32", 1024)
+    long = np.random.default_rng(1).normal(size=(FULL + 60, WIDTH)).astype(np.float32)
     cache = engine.new_cache()
     run(engine, cache, 0, long, rows=0)
-    keep = FIRST_CAPACITY - 6
+    keep = FULL - 6
     result = run(engine, cache, keep, SEQUENCE)
     expected = whole(llama(max_position_embeddings=1024), np.concatenate([long[:keep], SEQUENCE]))
     np.testing.assert_allclose(result.values, expected[keep:], rtol=0, atol=TOLERANCE)
@@ -263,7 +265,10 @@ def test_a_grown_cache_can_be_cut_back_to_any_length() -> None:
 
 
 def rows_of(values: Sequence[Sequence[float]], top_k: int, temperature: float = 1.0) -> LogitRows:
-    return TorchEngine.logit_rows(torch.tensor(values, dtype=torch.float32), top_k, temperature)
+    nothing = np.zeros((1, WIDTH), np.float32)
+    work = AppendWork(KVCache(None), 0, nothing, len(values), "logits", top_k, temperature, "float32")
+    (result,) = logit_rows([work], torch.tensor(values, dtype=torch.float32))
+    return result  # type: ignore[return-value]
 
 
 def sorted_row(row: np.ndarray) -> np.ndarray:
@@ -272,7 +277,7 @@ def sorted_row(row: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 17, VOCAB - 1, VOCAB])
-def test_top_k_is_the_head_of_the_sorted_full_row(engines: Callable[[str], TorchEngine], top_k: int) -> None:
+def test_top_k_is_the_head_of_the_sorted_full_row(engines: Callable[[str], DecoderEngine], top_k: int) -> None:
     engine = engines("llama")
     full = run(engine, engine.new_cache(), 0, SEQUENCE).values
     top = run(engine, engine.new_cache(), 0, SEQUENCE, top_k=top_k)
@@ -281,7 +286,7 @@ def test_top_k_is_the_head_of_the_sorted_full_row(engines: Callable[[str], Torch
     assert np.array_equal(top.values, np.take_along_axis(full, order, -1))
 
 
-def test_more_than_the_vocabulary_is_the_vocabulary(engines: Callable[[str], TorchEngine]) -> None:
+def test_more_than_the_vocabulary_is_the_vocabulary(engines: Callable[[str], DecoderEngine]) -> None:
     engine = engines("llama")
     assert run(engine, engine.new_cache(), 0, SEQUENCE[:2], top_k=VOCAB + 500).ids.shape == (2, VOCAB)
 
@@ -322,7 +327,7 @@ def test_every_id_above_the_smallest_value_is_there(row: list[float], top_k: int
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 1.7, 100.0, 0.01])
 @pytest.mark.parametrize("top_k", [0, 8])
 def test_log_sum_exp_is_over_the_whole_vocabulary_at_both_temperatures(
-    engines: Callable[[str], TorchEngine], temperature: float, top_k: int
+    engines: Callable[[str], DecoderEngine], temperature: float, top_k: int
 ) -> None:
     engine = engines("llama")
     full = run(engine, engine.new_cache(), 0, SEQUENCE).values.astype(np.float64)
@@ -336,7 +341,7 @@ def test_log_sum_exp_is_over_the_whole_vocabulary_at_both_temperatures(
     np.testing.assert_allclose(result.log_sum_exp, expected, rtol=1e-6, atol=1e-5)
 
 
-def test_full_rows_come_without_ids(engines: Callable[[str], TorchEngine]) -> None:
+def test_full_rows_come_without_ids(engines: Callable[[str], DecoderEngine]) -> None:
     engine = engines("llama")
     result = run(engine, engine.new_cache(), 0, SEQUENCE[:3], top_k=0)
     assert (result.values.shape, result.ids.shape, result.ids.dtype) == ((3, VOCAB), (3, 0), np.uint32)
@@ -348,7 +353,7 @@ def test_full_rows_come_without_ids(engines: Callable[[str], TorchEngine]) -> No
 @pytest.mark.parametrize("top_k", [0, 16, VOCAB])
 def test_bfloat16_values_on_the_wire_are_the_models_bit_by_bit(top_k: int) -> None:
     model = llama().to(torch.bfloat16)
-    engine = TorchEngine(model, "bfloat16", CONTEXT)
+    engine = DecoderEngine(model, "bfloat16", CONTEXT)
     computed: list[torch.Tensor] = []
     model.lm_head.register_forward_hook(lambda _module, _inputs, logits: computed.append(logits))
     embeddings = SEQUENCE.astype(wire.DTYPES["bfloat16"])
@@ -365,7 +370,7 @@ def test_bfloat16_values_on_the_wire_are_the_models_bit_by_bit(top_k: int) -> No
 
 
 def test_log_sum_exp_is_that_of_the_values_as_sent() -> None:
-    engine = TorchEngine(llama(), "float32", CONTEXT)
+    engine = DecoderEngine(llama(), "float32", CONTEXT)
     result = run(engine, engine.new_cache(), 0, SEQUENCE.astype(wire.DTYPES["bfloat16"]), dtype="bfloat16")
     sent = torch.from_numpy(result.values.astype(np.float32))
     np.testing.assert_allclose(result.log_sum_exp[:, 0], torch.logsumexp(sent, -1).numpy(), rtol=1e-6)
@@ -374,7 +379,7 @@ def test_log_sum_exp_is_that_of_the_values_as_sent() -> None:
 @pytest.mark.parametrize("sent", wire.FLOATS)
 @pytest.mark.parametrize("want", ["logits", "hidden"])
 def test_results_have_the_dtype_that_was_asked_for(sent: Any, want: Any) -> None:
-    engine = TorchEngine(llama(), "float32", CONTEXT)
+    engine = DecoderEngine(llama(), "float32", CONTEXT)
     embeddings = SEQUENCE[:2].astype(wire.DTYPES[sent])
     result = run(engine, engine.new_cache(), 0, embeddings, want=want, top_k=3, dtype=sent)
     assert (result.values if want == "logits" else result.hidden).dtype.name == sent
@@ -395,24 +400,22 @@ def failing(engine_model: Any) -> Any:
 @pytest.mark.parametrize("keep", [0, 9, 20])
 def test_an_exception_in_the_model_leaves_the_cache_cut_to_keep(keep: int) -> None:
     model = llama()
-    engine = TorchEngine(model, "float32", CONTEXT)
+    engine = DecoderEngine(model, "float32", CONTEXT)
     cache = engine.new_cache()
     run(engine, cache, 0, SEQUENCE[:20], rows=0)
     failure = failing(model)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        run(engine, cache, keep, SEQUENCE[20:])
+    assert run(engine, cache, keep, SEQUENCE[20:]).code == "internal"
     failure.remove()
     assert cache.length == keep
 
 
 def test_after_an_exception_in_the_model_every_layer_goes_on_from_keep() -> None:
     model = llama()
-    engine = TorchEngine(model, "float32", CONTEXT)
+    engine = DecoderEngine(model, "float32", CONTEXT)
     cache = engine.new_cache()
     run(engine, cache, 0, SEQUENCE[:20], rows=0)
     failure = failing(model)
-    with pytest.raises(RuntimeError):
-        run(engine, cache, 9, SEQUENCE[20:])
+    assert run(engine, cache, 9, SEQUENCE[20:]).code == "internal"
     failure.remove()
     result = run(engine, cache, 9, SEQUENCE[9:])
     np.testing.assert_allclose(result.values, whole(llama(), SEQUENCE)[9:], rtol=0, atol=TOLERANCE)
@@ -423,29 +426,26 @@ def test_logits_that_are_not_finite_are_a_failure(top_k: int) -> None:
     model = llama()
     with torch.no_grad():
         model.lm_head.weight[7] = torch.nan
-    engine = TorchEngine(model, "float32", CONTEXT)
+    engine = DecoderEngine(model, "float32", CONTEXT)
     cache = engine.new_cache()
-    with pytest.raises(ArithmeticError):
-        run(engine, cache, 0, SEQUENCE, top_k=top_k)
+    assert run(engine, cache, 0, SEQUENCE, top_k=top_k).code == "internal"
     assert cache.length == 0
 
 
 def test_one_logit_of_minus_infinity_is_a_failure() -> None:
     # Its log-sum-exp is finite all the same.
-    with pytest.raises(ArithmeticError):
-        rows_of([[1.0, 2.0, -np.inf]], 0)
+    assert rows_of([[1.0, 2.0, -np.inf]], 0).code == "internal"  # type: ignore[union-attr]
 
 
 def test_hidden_states_that_are_not_finite_are_a_failure() -> None:
     model = llama()
     with torch.no_grad():
         model.model.norm.weight[7] = torch.nan
-    engine = TorchEngine(model, "float32", CONTEXT)
-    with pytest.raises(ArithmeticError):
-        run(engine, engine.new_cache(), 0, SEQUENCE, want="hidden")
+    engine = DecoderEngine(model, "float32", CONTEXT)
+    assert run(engine, engine.new_cache(), 0, SEQUENCE, want="hidden").code == "internal"
 
 
-def test_a_temperature_close_to_zero_is_no_failure_of_the_model(engines: Callable[[str], TorchEngine]) -> None:
+def test_a_temperature_close_to_zero_is_no_failure_of_the_model(engines: Callable[[str], DecoderEngine]) -> None:
     engine = engines("llama")
     result = run(engine, engine.new_cache(), 0, SEQUENCE[:1], top_k=4, temperature=1e-4)
     assert np.isfinite(result.log_sum_exp).all()

@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+from cloud_backend.decoder import DecoderEngine
 from cloud_backend.encoder import EncoderEngine
-from cloud_backend.engine import AppendWork, EncodedRows, EncodeWork, HiddenRows, TorchEngine
+from cloud_backend.engine import AppendWork, EncodedRows, EncodeWork, HiddenRows
 from cloud_backend.opening import ENGINES, load_model, open_context
 from cloud_backend.translation import TranslationEngine
 from cloud_backend.vision import ImageEncoderEngine, VisionEngine
@@ -99,7 +100,7 @@ def test_a_checkpoint_that_does_not_fit_its_architecture_is_refused(
 # --- kinds ---
 
 KINDS = {
-    "decoder": TorchEngine,
+    "decoder": DecoderEngine,
     "encoder": EncoderEngine,
     "image-encoder": ImageEncoderEngine,
     "vision-decoder": VisionEngine,

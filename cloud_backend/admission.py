@@ -1,0 +1,84 @@
+"""Who may take KV memory, and who has to give some back: the least recently used session that nobody waits for.
+
+An evicted session's KV length is 0. Its device hears `out_of_step` at its next request and sends everything again.
+Memory that is short for long must not be fought over, token by token, so sessions are left alone for a while after
+they were used, and those that were let in after someone had to wait.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator
+
+from cloud_backend.engine import Engine, Work
+from cloud_backend.kv_cache import KVCache
+
+IDLE_SECONDS = 1.0  # after which memory may be taken from a session of which nothing waits
+PATIENCE_SECONDS = 2.0  # that a request waits for memory before sessions in the middle of their answers make room
+STUCK_SECONDS = 0.1  # the same where nothing else can run meanwhile
+
+
+class Admission:
+    """The sessions of one engine that hold KV memory."""
+
+    def __init__(self, engine: Engine, evicted: Callable[[Engine], None]) -> None:
+        self._engine = engine
+        self._evicted = evicted
+        self._used: dict[KVCache, float] = {}  # when, the least recently used first
+        self._since: dict[KVCache, float] = {}  # when it was let in
+        self._blocked: dict[KVCache, float] = {}  # since when its request waits for memory
+
+    def admit(self, work: Work, running: Collection[KVCache], pending: Collection[KVCache]) -> bool:
+        """Takes the memory that `work` needs, from others if need be. False: not now.
+
+        running: caches of the step that is being put together. pending: those that have requests waiting.
+        """
+        if self._engine.pool is None:
+            return True
+        cache, now = work.cache, time.monotonic()
+        first = next(iter(self._blocked), cache)
+        if not cache.held and cache is not first:  # newcomers stand in line, as what is free is waited for
+            self._blocked.setdefault(cache, now)
+            return False
+        if not work.reserve():
+            blocked = now - self._blocked.setdefault(cache, now)
+            stuck = not running and blocked > STUCK_SECONDS
+            spared = {cache, *running}
+            for victim in self._victims(now, pending, starving=blocked > PATIENCE_SECONDS, stuck=stuck):
+                if victim in spared or not victim.held:
+                    continue
+                victim.clear()
+                self.forget(victim)
+                self._evicted(self._engine)
+                if work.reserve():
+                    break
+            else:
+                return False
+        self._blocked.pop(cache, None)
+        self._since.setdefault(cache, now)
+        self._used.pop(cache, None)
+        self._used[cache] = now
+        return True
+
+    def _victims(self, now: float, pending: Collection[KVCache], *, starving: bool, stuck: bool) -> Iterator[KVCache]:
+        yield from [one for one, used in self._used.items() if one not in pending and now - used > IDLE_SECONDS]
+        if starving:  # whoever had its time, the first first
+            yield from [one for one, since in self._since.items() if now - since > PATIENCE_SECONDS]
+        if stuck:  # whoever came last, so that the first come to an end
+            yield from [one for one in self._used if one not in pending]
+            yield from sorted(self._since, key=self._since.__getitem__, reverse=True)
+
+    def still(self, pending: Collection[KVCache]) -> None:
+        """Forgets who waited for memory and does so no more."""
+        self._blocked = {cache: since for cache, since in self._blocked.items() if cache in pending}
+
+    def used(self, cache: KVCache) -> None:
+        """Notes that a session was served just now."""
+        if cache in self._used:
+            self._used.pop(cache)
+            self._used[cache] = time.monotonic()
+
+    def forget(self, cache: KVCache) -> None:
+        """The session holds nothing any more, or its request is gone."""
+        for known in (self._used, self._since, self._blocked):
+            known.pop(cache, None)

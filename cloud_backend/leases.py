@@ -1,0 +1,82 @@
+"""What outlives a connection: a session's KV cache, for a grace time, for whoever comes back with its secret.
+
+PROTOCOL.md §4.7. The secret is bound to the token, the model and the key; the newest connection wins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cloud_backend.engine import Engine
+from cloud_backend.kv_cache import KVCache
+
+
+@dataclass(eq=False)
+class Lease:
+    """One session's hold on KV memory."""
+
+    secret: str
+    bound_to: tuple[str, str, str]  # served name, key id, and whose token opened it
+    engine: Engine
+    cache: KVCache
+    displace: Callable[[], None] | None  # ends the connection that has it; None: nobody has
+    until: float = 0.0  # where nobody has it: when it ends
+
+
+class Leases:
+    """All sessions of a server that are open, or may come back."""
+
+    def __init__(self, grace_seconds: float, release: Callable[[Engine, KVCache], None]) -> None:
+        """release: gives a cache's memory back."""
+        self._grace_seconds = grace_seconds
+        self._release = release
+        self._by_digest: dict[bytes, Lease] = {}
+
+    @property
+    def held(self) -> int:
+        """Sessions that nobody has now."""
+        return sum(lease.displace is None for lease in self._by_digest.values())
+
+    def new(self, bound_to: tuple[str, str, str], engine: Engine, displace: Callable[[], None]) -> Lease:
+        """A fresh session."""
+        lease = Lease(secrets.token_urlsafe(16), bound_to, engine, engine.new_cache(), displace)
+        self._by_digest[_digest(lease.secret)] = lease
+        return lease
+
+    def take(self, secret: str, bound_to: tuple[str, str, str], displace: Callable[[], None]) -> Lease | None:
+        """The session of `secret`, taken from whoever has it. None where it is unknown, over, or another's."""
+        # Looked up by a hash: how long that takes tells nothing of the secrets that are known.
+        lease = self._by_digest.get(_digest(secret))
+        if lease is None or lease.bound_to != bound_to:
+            return None
+        if lease.displace is not None:
+            lease.displace()
+        lease.displace = displace
+        return lease
+
+    def leave(self, lease: Lease, displace: Callable[[], None], *, keep: bool) -> None:
+        """The connection that had it, if it still does, has ended. keep: it may come back."""
+        if lease.displace != displace:
+            return
+        lease.displace, lease.until = None, time.monotonic() + self._grace_seconds
+        if not keep or not lease.cache.held:
+            self._end(lease)
+
+    def expire(self, *, unless: Callable[[Lease], bool] = lambda lease: True) -> None:
+        """Ends the sessions whose grace time is over, and those that nobody has and are not `unless`."""
+        now = time.monotonic()
+        for lease in list(self._by_digest.values()):
+            if lease.displace is None and (lease.until < now or not unless(lease)):
+                self._end(lease)
+
+    def _end(self, lease: Lease) -> None:
+        self._by_digest.pop(_digest(lease.secret), None)
+        self._release(lease.engine, lease.cache)
+
+
+def _digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode()).digest()

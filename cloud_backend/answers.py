@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from cloud_backend.engine import AppendWork, HiddenRows, LogitRows, Outcome, not_finite
-from cloud_backend.tensors import TORCH_DTYPES, to_numpy
+from cloud_backend.tensors import TORCH_DTYPES, to_device, to_host, to_numpy
 from shared.wire import DTYPES, Array, FloatName
 
 Classify = Callable[[torch.Tensor], torch.Tensor]  # last hidden states [rows, hidden] to logits [rows, vocab]
@@ -34,7 +34,8 @@ def answers(works: Sequence[AppendWork], states: Sequence[torch.Tensor], classif
 
 def hidden_rows(works: Sequence[AppendWork], hidden: torch.Tensor) -> list[Outcome]:
     """Of hidden states [rows of all, hidden] in the dtype they are sent in."""
-    finite, rows = torch.isfinite(hidden).all(-1).cpu().numpy(), to_numpy(hidden)
+    finite, there = to_host(torch.isfinite(hidden).all(-1), hidden)
+    rows = to_numpy(there)
     return [HiddenRows(rows[start:end]) if finite[start:end].all() else not_finite() for start, end in _of_each(works)]
 
 
@@ -42,37 +43,40 @@ def logit_rows(works: Sequence[AppendWork], logits: torch.Tensor) -> list[Outcom
     """Of logits [rows of all, vocab] in the dtype they are sent in: the top k by value, then id, or all of them; and
     log-sum-exp of the values as sent, so that a device can rely on it."""
     wide = logits.float()
-    finite = torch.isfinite(wide).all(-1).cpu().numpy()
-    log_sum_exp = _log_sum_exp(works, wide)
     most = min(max((work.top_k for work in works), default=0), logits.shape[-1])
     top = torch.topk(wide, most, sorted=False)
-    values, ids = top.values.cpu().numpy(), top.indices.cpu().numpy().astype(np.uint32)
-    order = np.lexsort((ids, -values))
-    values, ids = np.take_along_axis(values, order, -1), np.take_along_axis(ids, order, -1)
-    dtype = _name(logits)
+    full = [logits[start:end] for work, (start, end) in zip(works, _of_each(works), strict=True) if work.top_k == 0]
+    finite, log_sum_exp, values, ids, *full = to_host(
+        torch.isfinite(wide).all(-1), _log_sum_exp(works, wide), top.values, top.indices, *full
+    )
+    dtype, whole, sums = DTYPES[_name(logits)], iter(full), log_sum_exp.numpy()
+    best, named = _sorted(values.numpy(), ids.numpy().astype(np.uint32))
     results: list[Outcome] = []
     for work, (start, end) in zip(works, _of_each(works), strict=True):
-        if not finite[start:end].all():
-            results.append(not_finite())
-        elif work.top_k == 0:
-            rows = slice(start, end)
-            results.append(LogitRows(to_numpy(logits[rows]), np.empty((work.rows, 0), np.uint32), log_sum_exp[rows]))
+        row = slice(start, end)
+        if work.top_k == 0:
+            result = LogitRows(to_numpy(next(whole)), np.empty((work.rows, 0), np.uint32), sums[row])
         else:
-            some = (slice(start, end), slice(min(work.top_k, most)))
             # Back to the dtype it was computed in: exact, as it came from there.
-            results.append(LogitRows(values[some].astype(DTYPES[dtype]), ids[some], log_sum_exp[start:end]))
+            result = LogitRows(best[row, : work.top_k].astype(dtype), named[row, : work.top_k], sums[row])
+        results.append(result if finite[row].all() else not_finite())
     return results
 
 
-def _log_sum_exp(works: Sequence[AppendWork], wide: torch.Tensor) -> Array:
+def _sorted(values: Array, ids: Array) -> tuple[Array, Array]:
+    """Each row by descending value, then ascending id."""
+    order = np.lexsort((ids, -values))
+    return np.take_along_axis(values, order, -1), np.take_along_axis(ids, order, -1)
+
+
+def _log_sum_exp(works: Sequence[AppendWork], wide: torch.Tensor) -> torch.Tensor:
     """[rows of all, 2]: at temperature 1, and at each work's own."""
     at_one = torch.logsumexp(wide, -1)
     at_temperature = at_one
     if any(work.temperature != 1.0 for work in works):
-        temperatures = torch.tensor([work.temperature for work in works for _ in range(work.rows)], device=wide.device)
-        at_temperature = torch.logsumexp(wide / temperatures[:, None], -1)
-    both: Array = torch.stack([at_one, at_temperature], -1).cpu().numpy()
-    return both
+        temperatures = np.repeat([work.temperature for work in works], [work.rows for work in works])
+        at_temperature = torch.logsumexp(wide / to_device(temperatures.astype(np.float32), wide.device)[:, None], -1)
+    return torch.stack([at_one, at_temperature], -1)
 
 
 def _of_each(works: Sequence[AppendWork]) -> list[tuple[int, int]]:

@@ -14,9 +14,10 @@ from cloud_backend import attention
 from cloud_backend.answers import answers
 from cloud_backend.attention import pooled_cache, running
 from cloud_backend.engine import AppendKind, AppendWork, EncodeWant, HiddenRows, LogitRows, Outcome, Work, failed
+from cloud_backend.graphs import Graphs
 from cloud_backend.kv_cache import KVCache, Last, LayerShape, PagePool
-from cloud_backend.step import Span, Step
-from cloud_backend.tensors import TORCH_DTYPES, device_of, to_torch
+from cloud_backend.step import Span, Step, order, step_of
+from cloud_backend.tensors import TORCH_DTYPES, device_of, to_device
 from shared.wire import Array, FloatName
 
 log = logging.getLogger("stip.cloud")
@@ -47,6 +48,7 @@ class DecoderEngine:
         self.context = min(context or longest, longest)
         self._body.set_attn_implementation(attention.NAME)
         self._past: Cache = self._pooled()
+        self._graphs = self._captured() if self.device == "cuda" else None
 
     @torch.inference_mode()
     def _layers(self) -> list[LayerShape]:
@@ -58,6 +60,9 @@ class DecoderEngine:
 
     def _pooled(self) -> Cache:
         return pooled_cache(self.pool)
+
+    def _captured(self) -> Graphs | None:
+        return Graphs(self.pool, self.hidden_size, self._model.dtype, self.context, self._through)
 
     def new_cache(self) -> KVCache:
         return KVCache(self.pool)
@@ -99,13 +104,11 @@ class DecoderEngine:
             if not work.reserve():
                 raise MemoryError("KV pool: nothing was reserved")
         spans = [self._span(work) for work in works]
-        order = Step.order(spans)
-        step = Step(self.pool, [spans[at] for at in order])
-        with running(step):
-            states = self._embedded(step, self._tensor([works[at].embeddings for at in order]))  # [tokens, hidden]
+        turns = order(spans)
+        states = self._run_step([spans[at] for at in turns], self._tensor([works[at].embeddings for at in turns]))
         found = [states[:0]] * len(works)
         first = 0
-        for at in order:
+        for at in turns:
             work, end = works[at], first + len(works[at].embeddings)
             found[at] = states[end - work.rows : end]
             work.cache.length = work.end
@@ -117,11 +120,16 @@ class DecoderEngine:
         assert work.cache.pages is not None
         return Span(work.cache.pages, work.keep, len(work.embeddings))
 
-    def _embedded(self, step: Step, embeddings: torch.Tensor) -> torch.Tensor:
+    def _run_step(self, spans: Sequence[Span], embeddings: torch.Tensor) -> torch.Tensor:
         """Last hidden states [tokens, hidden] of a step's embeddings [tokens, hidden]."""
-        output = self._body(
-            inputs_embeds=embeddings[None], past_key_values=self._past, use_cache=True, **self._beside(step)
-        )
+        states = None if self._graphs is None else self._graphs.run(spans, embeddings)
+        return self._through(step_of(self.pool, spans), embeddings) if states is None else states
+
+    def _through(self, step: Step, embeddings: torch.Tensor) -> torch.Tensor:
+        """The stock model's forward."""
+        beside = self._beside(step)
+        with running(step):
+            output = self._body(inputs_embeds=embeddings[None], past_key_values=self._past, use_cache=True, **beside)
         states: torch.Tensor = output.last_hidden_state[0]
         return states
 
@@ -134,7 +142,7 @@ class DecoderEngine:
         if len({array.dtype for array in embeddings}) > 1:
             return torch.cat([self._tensor([array]) for array in embeddings])
         packed = embeddings[0] if len(embeddings) == 1 else np.concatenate(embeddings)
-        return to_torch(packed).to(self._model.device, TORCH_DTYPES[self.dtype])
+        return to_device(packed, self._model.device).to(TORCH_DTYPES[self.dtype])
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [rows, vocab_size] of last hidden states."""

@@ -40,6 +40,7 @@ class PagePool:
 
     def __init__(self, layers: Sequence[LayerShape], dtype: torch.dtype, device: torch.device, budget: int) -> None:
         """budget: bytes. Memory is touched as it is used."""
+        self.device = device
         self.page_bytes = PAGE * dtype.itemsize * sum(one.heads * (one.key_size + one.value_size) for one in layers)
         self.pages = max(1, budget // self.page_bytes) if self.page_bytes else 0
         self._free = list(range(self.pages + RESERVED - 1, RESERVED - 1, -1))  # the lowest is taken first

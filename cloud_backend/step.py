@@ -13,6 +13,7 @@ import torch
 
 from cloud_backend.grouping import groups
 from cloud_backend.kv_cache import PagePool, Pages, Rows
+from cloud_backend.tensors import to_device
 
 MOST_TOGETHER = 16  # tokens of a sequence that is read beside others
 
@@ -43,6 +44,7 @@ class Group:
     longest: int
     rows: slice | torch.Tensor  # of the pool, [count × longest]
     causal: bool  # False: every token sees all
+    padded: bool  # whether one of them is shorter than the longest
     _masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -50,20 +52,25 @@ class Group:
         if window is not None and window >= self.longest:
             window = None
         if window not in self._masks:
-            self._masks[window] = self._mask(window, dtype)
+            all_seen = not self.padded and (not self.causal or (self.tokens == 1 and window is None))
+            self._masks[window] = None if all_seen else self._mask(window, dtype)
         return self._masks[window]
 
-    def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-        at = torch.arange(self.longest, device=self.lengths.device)
-        seen = at < self.lengths[:, None, None]  # [count, 1, longest]
+    def forget_masks(self) -> None:
+        """Makes them anew: a captured step computes its own."""
+        self._masks.clear()
+
+    def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        device = self.lengths.device
+        at = torch.arange(self.longest, device=device)
         if self.causal:
-            last = self.lengths[:, None] - self.tokens + torch.arange(self.tokens, device=self.lengths.device)
+            last = self.lengths[:, None] - self.tokens + torch.arange(self.tokens, device=device)
             seen = at <= last[:, :, None]  # [count, tokens, longest]
             if window is not None:
                 seen = seen & (at > last[:, :, None] - window)
-        if bool(seen.all()):
-            return None
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+        else:
+            seen = (at < self.lengths[:, None, None]).expand(-1, self.tokens, -1)
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
 
     def read(self, memory: torch.Tensor) -> torch.Tensor:
         """Keys or values [heads, count, longest, size] out of [heads, rows, size]."""
@@ -73,33 +80,46 @@ class Group:
         return memory.index_select(1, self.rows).view(heads, self.count, self.longest, size)
 
 
+@dataclass(frozen=True)
 class Step:
     """What one forward appends to which sequences, and where each reads."""
 
-    def __init__(self, pool: PagePool, spans: Sequence[Span]) -> None:
-        """spans: in the order of their tokens; see `order`."""
-        self.pool = pool
-        device = pool.keys[0].device
-        written = [span.pages.rows[span.start : span.end] for span in spans]
-        positions = [np.arange(span.start, span.end) for span in spans]
-        self.written = torch.from_numpy(np.concatenate(written)).to(device)  # [tokens], rows of the pool
-        self.positions = torch.from_numpy(np.concatenate(positions)).to(device)[None]  # [1, tokens]
-        self.groups: list[Group] = []
-        self.sources: list[Group] = []
-        first = 0
-        for together in _together(spans):
-            self.groups.append(_group(first, [span.pages for span in together], [span.end for span in together],
-                                      together[0].tokens, device, causal=True))  # fmt: skip
-            if together[0].source is not None:
-                sources = [span.source for span in together if span.source is not None]
-                lengths = [span.source_length for span in together]
-                self.sources.append(_group(first, sources, lengths, together[0].tokens, device, causal=False))
-            first += len(together) * together[0].tokens
+    pool: PagePool
+    written: torch.Tensor  # [tokens], rows of the pool
+    positions: torch.Tensor  # [1, tokens]
+    groups: Sequence[Group]
+    sources: Sequence[Group] = ()  # what cross-attention reads
 
-    @staticmethod
-    def order(spans: Sequence[Span]) -> list[int]:
-        """Indices of spans in the order that reads fewest of them apart."""
-        return sorted(range(len(spans)), key=lambda at: (spans[at].tokens, spans[at].end))
+
+def step_of(pool: PagePool, spans: Sequence[Span]) -> Step:
+    """The step that appends `spans`, in the order of their tokens; see `order`."""
+    device = pool.device
+    written = to_device(np.concatenate([span.pages.rows[span.start : span.end] for span in spans]), device)
+    positions = to_device(np.concatenate([np.arange(span.start, span.end) for span in spans]), device)
+    reads, sources, first = [], [], 0
+    for together in _together(spans):
+        tokens = together[0].tokens
+        pages, ends = [span.pages for span in together], [span.end for span in together]
+        reads.append(_group(first, pages, ends, tokens, device, causal=True))
+        read = [span.source for span in together if span.source is not None]
+        if read:
+            lengths = [span.source_length for span in together]
+            sources.append(_group(first, read, lengths, tokens, device, causal=False))
+        first += len(together) * tokens
+    return Step(pool, written, positions[None], reads, sources)
+
+
+def order(spans: Sequence[Span]) -> list[int]:
+    """Indices of spans in the order that reads fewest of them apart."""
+    return sorted(range(len(spans)), key=lambda at: (spans[at].tokens, spans[at].end))
+
+
+def padded_rows(pages: Sequence[Pages], lengths: Sequence[int], longest: int) -> Rows:
+    """Rows [count, longest] of the first positions of each sequence; behind them row 0, which is zero."""
+    rows: Rows = np.zeros((len(pages), longest), np.int64)
+    for at, (one, length) in enumerate(zip(pages, lengths, strict=True)):
+        rows[at, :length] = one.rows[:length]
+    return rows
 
 
 def _together(spans: Sequence[Span]) -> Iterator[list[Span]]:
@@ -122,8 +142,6 @@ def _group(
     longest = max(lengths)
     rows: slice | torch.Tensor | None = pages[0].span(longest) if len(pages) == 1 else None
     if rows is None:
-        padded: Rows = np.zeros((len(pages), longest), np.int64)
-        for at, (one, length) in enumerate(zip(pages, lengths, strict=True)):
-            padded[at, :length] = one.rows[:length]
-        rows = torch.from_numpy(padded.ravel()).to(device)
-    return Group(first, len(pages), tokens, torch.tensor(lengths, device=device), longest, rows, causal)
+        rows = to_device(padded_rows(pages, lengths, longest).ravel(), device)
+    padded = min(lengths) < longest
+    return Group(first, len(pages), tokens, to_device(np.array(lengths), device), longest, rows, causal, padded)

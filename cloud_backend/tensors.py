@@ -30,6 +30,21 @@ def to_torch(array: Array) -> torch.Tensor:
     return torch.from_numpy(array.copy())
 
 
+def to_device(array: Array, device: torch.device) -> torch.Tensor:
+    """The same values as a tensor of a device; the copy to a GPU does not wait for what it computes."""
+    tensor = to_torch(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The same values in the host's memory, waiting for a GPU once for all of them."""
+    if not tensors or tensors[0].device.type != "cuda":
+        return list(tensors)
+    copies = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True).copy_(one, non_blocking=True) for one in tensors]
+    torch.cuda.current_stream().synchronize()
+    return copies
+
+
 def to_numpy(tensor: torch.Tensor) -> Array:
     """The same values as an array."""
     tensor = tensor.cpu().contiguous()

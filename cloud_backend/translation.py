@@ -85,6 +85,9 @@ class TranslationEngine(DecoderEngine):
     def _pooled(self) -> Cache:
         return pooled_cache(self.pool, sources=True)
 
+    def _captured(self) -> None:
+        """Sources have lengths of their own: its steps are launched one by one."""
+
     def new_cache(self) -> SourceCache:
         return SourceCache(self.pool)
 

@@ -562,6 +562,7 @@ def test_a_session_is_resumed_unless_it_was_ended(end: str, code: int | None, re
     """The next connection asks for the session that the last one had, where nobody meant to end it."""
     secrets: list[str | None] = []
     codes: list[int | None] = []
+    closed = threading.Event()
     ways: list[str] = []
 
     def handle(peer: ServerConnection) -> None:
@@ -584,6 +585,7 @@ def test_a_session_is_resumed_unless_it_was_ended(end: str, code: int | None, re
                     peer.send(encode(cloud.reply()))
         finally:
             codes.append(peer.protocol.close_rcvd and peer.protocol.close_rcvd.code)
+            closed.set()
 
     def strike(way: str, frame: bytes) -> None:
         ways.append(way)
@@ -597,6 +599,7 @@ def test_a_session_is_resumed_unless_it_was_ended(end: str, code: int | None, re
             connection.rows([1, 2], top_k=5)
         if end == "close":
             connection.close()
+        assert closed.wait(5), "the first connection is left open"
         [row] = connection.rows([1, 2, 3], top_k=5)
         assert row.values.max() == plain_logits([1, 2, 3]).max()
 

@@ -89,6 +89,7 @@ def _figures(answer: Answer) -> dict[str, Any]:
         "round_trips": stats.counters.round_trips,
         "full_rows": stats.counters.full_rows,
         "replays": stats.counters.replays,
+        "resumes": stats.counters.resumes,
         "timings": {
             "seconds": stats.seconds,
             "first_token_seconds": stats.first_token_seconds,

@@ -1,4 +1,4 @@
-"""The socket: a thin shell around a session. A lost connection is made again and the session replays."""
+"""The socket: a thin shell around a session. A lost connection is made again; the session resumes, or replays."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from shared.wire import SUBPROTOCOL, Array, Opened
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts
 POLL_SECONDS = 0.1  # between looks at `interrupted`
-MESSAGE_TOO_BIG = 1009  # RFC 6455 §7.4.1
+NORMAL, GOING_AWAY, MESSAGE_TOO_BIG = 1000, 1001, 1009  # RFC 6455 §7.4.1
 
 S = TypeVar("S", bound=Opening)
 T = TypeVar("T")
@@ -147,8 +147,9 @@ class Connection(Generic[S]):
             self._drop()
 
     def close(self) -> None:
-        """Ends the session."""
-        self._drop()
+        """Ends the session. The next question, if there is one, is put to a fresh one."""
+        self._drop(NORMAL)
+        self.session.end()
 
     def _until(self, done: Callable[[], bool]) -> None:
         waited = 0.0  # for a connection, within this question: a cloud that always opens and closes is given up too
@@ -187,10 +188,10 @@ class Connection(Generic[S]):
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
             except (DishonestError, RefusedError):
-                self._drop()
+                self.close()  # nothing of such a session is relied on again
                 raise
             except KeyboardInterrupt:
-                self._drop()  # a frame may have been between session and socket: all is sent again
+                self._drop()  # a frame may have been between session and socket: the session finds out what arrived
                 raise
 
     def _connect(self) -> None:
@@ -232,13 +233,16 @@ class Connection(Generic[S]):
     def _reason(self, error: WebSocketException | OSError) -> str:
         if isinstance(error, ConnectionClosed):
             if error.sent is not None and error.sent.code == MESSAGE_TOO_BIG:
-                self._drop()
+                self.close()
                 raise DishonestError("reply: seen a frame longer than any reply can be") from None
             code = error.rcvd.code if error.rcvd is not None else "none"
             return f"the connection was closed ({self.session.farewell or f'code {code}'})"
         return str(getattr(error, "strerror", None) or error or type(error).__name__)
 
-    def _drop(self) -> None:
-        self._socket = None
+    def _drop(self, code: int = GOING_AWAY) -> None:
+        """Ends the connection. Unless the code is that of a normal end, the device means to resume the session."""
+        socket, self._socket = self._socket, None
+        if socket is not None:
+            socket.close(code)
         self._closing.close()
         self.session.lost()

@@ -17,7 +17,8 @@ class Counters:
     vectors_up: int = 0
     round_trips: int = 0
     full_rows: int = 0
-    replays: int = 0
+    replays: int = 0  # times that the cloud had lost something, and it was sent again
+    resumes: int = 0  # times that it was still there after a lost connection
     queue_us: int = 0
     compute_us: int = 0
     work_ns: dict[str, int] = field(default_factory=dict)  # processor time by step: embed, hide, encode, …

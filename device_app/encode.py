@@ -22,12 +22,12 @@ from device_app.opening import (
     REPLY_HEADER,
     TRY_AGAIN,
     Opening,
-    landed,
+    oldest,
 )
 from device_app.replies import states
 from shared.errors import DishonestError, RefusedError
 from shared.key import UserKey
-from shared.wire import Array, Cancel, Encode, Encoded, Error, Message, encode
+from shared.wire import Array, Cancel, Encode, Encoded, Error, Message, Opened, encode
 
 Want = Literal["hidden", "pooled", "logits"]
 
@@ -71,6 +71,7 @@ class EncoderSession(Opening):
         self._question: _Question | None = None
         self._unsent: deque[tuple[int, int]] = deque()  # ranges of sequences
         self._flights: deque[_Flight] = deque()
+        self._forgotten = False  # requests were in the air when the connection was lost
 
     @property
     def results(self) -> list[Array] | None:
@@ -97,6 +98,11 @@ class EncoderSession(Opening):
         super().lost()
         self._unsent.clear()
         self._flights.clear()
+
+    def _take_over(self, message: Opened) -> None:
+        # Nothing is: an encoder's session holds nothing, so there is none to resume.
+        self.counters.replays += self._forgotten
+        self._forgotten = False
 
     # --- the question ---
 
@@ -183,7 +189,8 @@ class EncoderSession(Opening):
     # --- replies ---
 
     def _failed(self, message: Error) -> None:
-        flight = landed(self._flights, message.seq)
+        flight = oldest(self._flights, message.seq)
+        self._flights.popleft()
         if flight.question is self._question:
             self._unsent.clear()
             if message.code not in TRY_AGAIN:
@@ -194,13 +201,16 @@ class EncoderSession(Opening):
     def _reply(self, message: Message) -> None:
         if not isinstance(message, Encoded):
             raise DishonestError(f"reply: seen {type(message).__name__}, wanted Encoded")
-        flight = landed(self._flights, message.seq)
+        flight = oldest(self._flights, message.seq)
+        self._flights.popleft()
         self.counters.queue_us += message.queue_us
         self.counters.compute_us += message.compute_us
         if message.kv_length:
             raise DishonestError(f"KV length: seen {message.kv_length}, wanted 0, as an encoder has none")
         with self.counters.timed("reveal"):
             flight.question.results[flight.start : flight.end] = self._revealed(message.result, flight)
+        if flight.question is self._question:
+            self._replans = 0  # progress; as many times as there are sequences, at most
         self._pump()
         self._plan()
 

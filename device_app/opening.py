@@ -64,9 +64,9 @@ class Opening(ABC):
         self._context = context
         self._token = token
         self._seq = 0
-        self._forgotten = False  # the cloud held something of ours when the connection was lost
+        self._resume: str | None = None  # secret of the session that the next connection takes over
         self._planned = False  # whether the question's pieces were worked out
-        self._replans = 0  # times that one question was planned anew
+        self._replans = 0  # times in a row that the question was planned anew, and no more of it was done
 
     @property
     @abstractmethod
@@ -74,19 +74,25 @@ class Opening(ABC):
         """Bytes of the longest frame that an honest cloud can send."""
 
     def connected(self) -> None:
-        """A fresh connection is there: opens the session on it."""
+        """A fresh connection is there: opens the session on it, or takes over the one that the last connection had."""
         self.lost()
         self.farewell = None
-        self.outbox.append(
-            encode(Open(model=self._served_name, key_id=self._key.key_id, dtype="auto", token=self._token))
+        opening = Open(
+            model=self._served_name, key_id=self._key.key_id, dtype="auto", token=self._token, resume=self._resume
         )
+        self.outbox.append(encode(opening))
 
     def lost(self) -> None:
-        """The connection is gone, and with it all that the cloud held."""
+        """The connection is gone. What the cloud still holds, the next Opened says."""
         self.opened = None
         self.outbox.clear()
         self._seq = 0
         self._planned = False
+
+    def end(self) -> None:
+        """The session is over: the next connection opens another one, which holds nothing."""
+        self.lost()
+        self._resume = None
 
     @abstractmethod
     def cancel(self) -> None:
@@ -113,17 +119,28 @@ class Opening(ABC):
     def _open(self, message: Opened) -> None:
         seen = (message.hidden_size, message.vocab_size)
         wanted = (self._key.hidden_size, self._key.vocab_size)
-        if self.opened is not None or seen != wanted or message.kv_length != 0:
-            raise DishonestError(f"Opened: seen widths {seen} and KV length {message.kv_length}, wanted {wanted} and 0")
+        if self.opened is not None or seen != wanted:
+            raise DishonestError(f"Opened: seen widths {seen}, wanted {wanted}, once a connection")
         encoder = Widths(message.encoder_size, message.encoder_context, message.image_tokens)
         if encoder != self._widths:
             raise DishonestError(f"Opened: seen an encoder of {encoder}, wanted the bundle's {self._widths}")
         if message.max_frame < HEADER + 4 * message.hidden_size:
             raise DishonestError(f"Opened: a frame of {message.max_frame} bytes holds no embedding")
+        if message.kv_length > self._longest_held:
+            seen_length, most = message.kv_length, self._longest_held
+            raise DishonestError(f"Opened: seen a KV length of {seen_length}, wanted at most {most}")
+        self._take_over(message)
         self.opened = msgspec.structs.replace(message, context=min(message.context, self._context))
-        self.counters.replays += self._forgotten
-        self._forgotten = False
         self._plan()
+
+    @property
+    def _longest_held(self) -> int:
+        """The greatest KV length that a cloud can honestly say it still has."""
+        return 0
+
+    @abstractmethod
+    def _take_over(self, message: Opened) -> None:
+        """Takes what the cloud still holds of the last connection, and counts whether anything is to be sent again."""
 
     def _plan_again(self, message: Error) -> None:
         """A request of the question failed: its pieces are to be worked out anew.
@@ -180,12 +197,12 @@ class _Numbered(Protocol):
 F = TypeVar("F", bound=_Numbered)
 
 
-def landed(flights: deque[F], seq: int | None) -> F:
+def oldest(flights: deque[F], seq: int | None) -> F:
     """The oldest request, which a reply to `seq` must be for. Raises DishonestError."""
     if not flights or flights[0].seq != seq:
         wanted = f"seq {flights[0].seq}" if flights else "none, as nothing was asked"
         raise DishonestError(f"reply: seen seq {seq}, wanted {wanted}")
-    return flights.popleft()
+    return flights[0]
 
 
 def refused(message: Error) -> RefusedError:

@@ -7,7 +7,8 @@ full row and replaying after a lost connection are all this question.
     session.ask(ids, …)      sets the question
     session.outbox           frames to send, in order
     session.receive(frame)   takes a reply; sooner or later `session.rows` is the answer
-    session.lost()           the connection is gone: after `connected()` the question is asked again
+    session.lost()           the connection is gone: after `connected()` the question is asked again, of which the
+                             cloud may still hold what it held
 
 An image that `add_image` has taken stands among the ids as a negative number, once for each position that it takes.
 A decoder that reads an encoder is asked about `source` ids too, which the cloud holds beside its KV cache.
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from device_app.counters import Counters
+from device_app.held import Held, common_prefix, in_common
 from device_app.opening import (
     HEADER,
     NO_ENCODER,
@@ -31,13 +33,13 @@ from device_app.opening import (
     TRY_AGAIN,
     Opening,
     Widths,
-    landed,
+    oldest,
 )
 from device_app.replies import classified_rows, revealed_rows, states
 from device_app.sampler import Row
 from shared.errors import BundleError, DishonestError, RefusedError, UsageError
 from shared.key import UserKey
-from shared.wire import Append, Array, Cancel, Encode, Encoded, Error, Hidden, Logits, Message, encode
+from shared.wire import Append, Array, Cancel, Encode, Encoded, Error, Hidden, Logits, Message, Opened, encode
 
 MOST_HIDDEN = 16  # hidden states that a reply may hold
 MOST_IMAGE_BYTES = 256 * 2**20  # of embeddings that are kept for replays
@@ -69,7 +71,7 @@ class _Flight:
     seq: int
     size: int
     kv_length: int  # after it
-    before: tuple[list[int], list[int] | None]  # ids and source that the cloud holds before it
+    before: Held  # what the cloud holds before it
     question: _Question
     answer: type[Message]
     last: bool
@@ -102,10 +104,9 @@ class Session(Opening):
         self._question: _Question | None = None
         self._unsent: deque[_Piece] = deque()
         self._flights: deque[_Flight] = deque()
-        # What the cloud holds once every flight has landed well:
-        self._held: list[int] = []
-        self._source: list[int] | None = None
-        self._broken = False  # a flight failed, and those behind it are still in the air
+        self._held = Held()  # once every flight has landed well; after a failure: now
+        self._broken = False  # a flight failed, and those behind it, still in the air, will
+        self._reached = -1  # KV length after the furthest request of the question that was answered
 
     @property
     def longest_reply(self) -> int:
@@ -113,12 +114,30 @@ class Session(Opening):
         return REPLY_HEADER + 4 * max(self._key.vocab_size, MOST_HIDDEN * self._key.hidden_size)
 
     def lost(self) -> None:
-        self._forgotten = self._forgotten or bool(self._held) or self._source is not None
+        # Nobody knows how many of the flights the cloud has answered. Those behind a failure change nothing.
+        befores = [] if self._broken else [flight.before for flight in self._flights]
+        self._held = in_common([*befores, self._held])
         super().lost()
         self._unsent.clear()
         self._flights.clear()
-        self._held, self._source = [], None
         self._broken = False
+
+    def end(self) -> None:
+        super().end()
+        self._held = Held()
+
+    @property
+    def _longest_held(self) -> int:
+        return self._held.length
+
+    def _take_over(self, message: Opened) -> None:
+        before, there = self._held, self._held.left(message.kv_length)
+        self._resume, self._held = message.resume, there
+        self._count_replay(before, there)
+        self.counters.resumes += before.known == there.known != Held().known
+
+    def _count_replay(self, before: Held, there: Held) -> None:
+        self.counters.replays += before.known != there.known
 
     # --- the question ---
 
@@ -160,6 +179,7 @@ class Session(Opening):
         self._question = question
         self.rows = None
         self._replans = 0
+        self._reached = -1
         self._planned = False
         self._unsent.clear()
         self._plan()
@@ -205,7 +225,7 @@ class Session(Opening):
             raise RefusedError("context_full", f"source: it takes {seen} tokens, wanted at most {most}")
         self._unsent.clear()
         keep = self._keep(question)
-        if source != self._source:
+        if source != self._held.source:
             self._fits("source", len(source or ()), opened.encoder_size)
             self._unsent.append(_Piece(0, 0, source=True))
             keep = 0
@@ -224,9 +244,8 @@ class Session(Opening):
 
     def _keep(self, question: _Question) -> int:
         """How much of what is held is the question's; the last rows are appended again even if they are held."""
-        ids, held = question.ids, self._held
-        common = len(held) if ids[: len(held)] == held else _common_prefix(ids, held)
-        keep = min(common, len(ids) - question.rows)
+        ids = question.ids
+        keep = min(common_prefix(ids, self._held.ids), len(ids) - question.rows)
         if ids[keep] < 0:  # perhaps inside an image, which is never cut
             start = keep
             while start and ids[start - 1] == ids[keep]:
@@ -276,9 +295,9 @@ class Session(Opening):
             )
         with self.counters.timed("encode"):
             frame = encode(message)
-        before = (self._held, self._source)
-        self._flights.append(_Flight(self._seq, len(frame), piece.end, before, question, answer, last))
-        self._held, self._source = question.ids[: piece.end], question.source
+        # In an order that an interrupt may end anywhere: a flight is known before it can leave.
+        self._flights.append(_Flight(self._seq, len(frame), piece.end, self._held, question, answer, last))
+        self._held = Held(question.ids[: piece.end], question.source, piece.end)
         self._seq += 1
         self.counters.vectors_up += len(vectors)
         self.counters.round_trips += last
@@ -306,13 +325,19 @@ class Session(Opening):
     # --- replies ---
 
     def _failed(self, message: Error) -> None:
-        flight = landed(self._flights, message.seq)
-        # It changed nothing, nor will those behind it; only an engine's failure leaves less than there was before.
-        if not self._broken:
-            self._held, self._source = flight.before
-        self._held = self._held[: message.kv_length]
-        if message.code == "out_of_step" and message.kv_length == 0:
-            self._source = None  # perhaps it is that which the cloud lacks
+        flight = oldest(self._flights, message.seq)
+        # It added nothing, nor will those behind it.
+        before = self._held if self._broken else flight.before
+        if message.code == "out_of_step":  # perhaps because what was there was evicted
+            there = before.left(message.kv_length)
+            if not self._broken:
+                self._count_replay(before, there)
+        else:  # cut to `keep`, where it had begun
+            there = before.cut(message.kv_length)
+        # In an order that an interrupt may end anywhere: what is there is among the states that `lost` looks at.
+        self._held = there
+        self._broken = True
+        self._flights.popleft()
         self._broken = bool(self._flights)
         if flight.question is self._question and self.rows is None:
             self._unsent.clear()
@@ -325,7 +350,7 @@ class Session(Opening):
         kind = type(message).__name__
         if not isinstance(message, (Logits, Hidden, Encoded)):
             raise DishonestError(f"reply: seen {kind}, wanted an answer")
-        flight = landed(self._flights, message.seq)
+        flight = oldest(self._flights, message.seq)
         self.counters.queue_us += message.queue_us
         self.counters.compute_us += message.compute_us
         if not isinstance(message, flight.answer):
@@ -340,6 +365,9 @@ class Session(Opening):
             raise DishonestError(f"rows: seen {rows}, wanted 0")
         elif flight.last and flight.question is self._question:
             self.rows = self._revealed(message, flight.question)
+        self._flights.popleft()
+        if flight.question is self._question and flight.kv_length > self._reached:
+            self._reached, self._replans = flight.kv_length, 0  # progress, of which a question has an end
         self._pump()
         self._plan()
 
@@ -368,7 +396,3 @@ def _runs(ids: list[int], start: int, image_tokens: int) -> Iterator[tuple[int, 
             end, image = len(ids), None
         yield start, end, image
         start = end
-
-
-def _common_prefix(one: list[int], other: list[int]) -> int:
-    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -55,7 +55,7 @@ ErrorCode = Literal[
     "too_large",  # a frame, a sequence, or what is asked for, pass a limit
     "window_exceeded",  # more bytes in flight than `Opened` allowed
     "not_finite",  # embeddings hold NaN or an infinity
-    "cancelled",  # dropped by `Cancel`
+    "cancelled",  # dropped by `Cancel`, perhaps while it ran
     "too_many_sessions",  # try again later (closes)
     "idle",  # nothing was sent for too long (closes)
     "shutting_down",  # the cloud stops; reconnect later (closes)
@@ -84,21 +84,21 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", omit_
 
 
 class Open(Message, frozen=True, kw_only=True, tag="open"):
-    """Device → cloud, first: which context to serve, in which dtype, and who asks."""
+    """Device → cloud, first: which context to serve, in which dtype, who asks, and which session to take over."""
 
     model: Name
     key_id: Name
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: what the cloud computes in
     token: Secret | None = None
-    resume: Secret | None = None
+    resume: Secret | None = None  # that of the session to take over
 
 
 class Opened(Message, frozen=True, kw_only=True, tag="opened"):
     """Cloud → device: the session, its widths and its limits."""
 
     session: Name
-    resume: Secret
-    kv_length: U32
+    resume: Secret  # the same for the session's life
+    kv_length: U32  # what is still there of a session that was taken over
     hidden_size: U32
     vocab_size: U32  # of an encoder: its classes
     dtype: FloatName
@@ -236,7 +236,7 @@ class Encoded(Message, frozen=True, kw_only=True, tag="encoded"):
 
 
 class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
-    """Device → cloud: drop every Append from `seq` on that has not started; each still gets its one reply."""
+    """Device → cloud: drop every request from `seq` on; one that runs may complete. Each still gets its one reply."""
 
     seq: U32
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 
 from device_app.opening import Widths
@@ -43,6 +44,8 @@ IMAGES = Widths(PATCH_SIZE, PATCHES, IMAGE_TOKENS)
 SOURCES = Widths(HIDDEN, LONGEST_SOURCE, 0)
 LOOKING = UserKey(KEY.key_id, KEY.residual, KEY.vocab, _random.permutation(PATCH_SIZE))
 READING = UserKey(KEY.key_id, KEY.residual, KEY.vocab, _random.permutation(HIDDEN))
+
+ENDED_HALFWAY = ("internal", "cancelled")  # the cache is cut to the request's `keep`, as its computation had begun
 
 NO_VOCAB = UserKey(KEY.key_id, KEY.residual, None)  # of an export with the classifier on the device
 TABLE = _random.normal(size=(VOCAB, HIDDEN)).astype(np.float32)  # that classifier
@@ -127,7 +130,7 @@ class HonestCloud:
         self.stores: list[Encode] = []  # all that came
         self.cache: list[int] = []  # -1 - n stands for image n
         self.source: list[int] | None = None
-        self.failures: list[ErrorCode] = []  # codes for the next requests, which it then does not carry out
+        self.failures: list[ErrorCode] = []  # codes for the next requests, which it then does not carry out, or half
         self._changed_by: int | None = None
         self._waiting: deque[tuple[Append | Encode, int]] = deque()
         self._cancelled: set[int] = set()
@@ -140,13 +143,28 @@ class HonestCloud:
 
     def connect(self, session: Session) -> None:
         """A fresh connection: what was held for the one before is gone."""
+        self.cache, self.source = [], None
+        self.take_over(session)
+
+    def take_over(self, session: Session) -> None:
+        """A fresh connection, which gets what was held for the one before if it asks for that."""
         session.connected()
-        self.cache, self.source, self._changed_by, self._in_flight = [], None, None, 0
+        opening = decode(session.outbox.popleft())
+        assert isinstance(opening, Open)
+        if opening.resume != self.opened.resume:
+            self.cache, self.source = [], None
+        self._changed_by, self._in_flight = None, 0
         self._waiting.clear()
         self._cancelled.clear()
-        assert isinstance(decode(session.outbox.popleft()), Open)
-        session.receive(encode(self.opened))
+        session.receive(encode(msgspec.structs.replace(self.opened, kv_length=len(self.cache))))
         self.take(session)
+
+    def cut(self, session: Session, arrived: int) -> None:
+        """The line breaks: so many requests were carried out whose answers are lost. The session resumes."""
+        for _ in range(min(arrived, self.waiting)):
+            self.reply()
+        session.lost()
+        self.take_over(session)
 
     def take(self, session: Session) -> None:
         """Takes all frames from the session's outbox."""
@@ -179,12 +197,15 @@ class HonestCloud:
         """Works on the oldest request and gives the answer to it."""
         request, size = self._waiting.popleft()
         self._in_flight -= size
-        if request.seq in self._cancelled:
+        if request.seq in self._cancelled and self.failures[:1] != ["cancelled"]:
             return self._error("cancelled", request)
         if isinstance(request, Append) and self._misplaced(request):
             return self._error("out_of_step", request)
         if self.failures:
-            return self._error(self.failures.pop(0), request)
+            code = self.failures.pop(0)
+            if code in ENDED_HALFWAY and isinstance(request, Append):
+                self.cache, self._changed_by = self.cache[: request.keep], None
+            return self._error(code, request)
         self._changed_by = request.seq
         if isinstance(request, Encode):
             self.cache, self.source = [], source_of(request)

@@ -121,6 +121,8 @@ def test_json_is_one_object_with_the_figures(tiny: Path, cloud: RunningCloud) ->
         "bytes_down",
         "round_trips",
         "prompt_tokens",
+        "replays",
+        "resumes",
     }
     messages = [{"role": "system", "content": "the rain"}, {"role": "user", "content": "the cat"}]
     with open_assistant(tiny, cloud.url) as assistant:

@@ -21,7 +21,7 @@ from device_app.connection import Address, Connection
 from device_app.counters import Counters
 from device_app.sampler import Sampling
 from shared.errors import CloudError, DishonestError, RefusedError, UnreachableError, UsageError
-from shared.wire import SUBPROTOCOL, Append, Cancel, Error, decode, encode
+from shared.wire import SUBPROTOCOL, Append, Cancel, Error, Open, decode, encode
 from tests.conftest import open_assistant, run_cloud
 from tests.device_app.honest_cloud import HonestCloud, new_session, opened, plain_logits
 
@@ -546,6 +546,67 @@ def test_a_session_is_closed_properly() -> None:
         while not codes and time.monotonic() < deadline:
             time.sleep(0.01)
     assert codes == [1000]
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "resumed"),
+    [
+        ("interrupt", 1001, True),
+        ("cut", None, True),
+        ("lie", 1000, False),
+        ("refusal", 1000, False),
+        ("close", 1000, False),
+    ],
+)
+def test_a_session_is_resumed_unless_it_was_ended(end: str, code: int | None, resumed: bool) -> None:
+    """The next connection asks for the session that the last one had, where nobody meant to end it."""
+    secrets: list[str | None] = []
+    codes: list[int | None] = []
+    closed = threading.Event()
+    ways: list[str] = []
+
+    def handle(peer: ServerConnection) -> None:
+        cloud = HonestCloud()
+        opening = decode(peer.recv())  # type: ignore[arg-type]
+        assert isinstance(opening, Open)
+        secrets.append(opening.resume)
+        peer.send(encode(cloud.opened))
+        try:
+            for message in peer:
+                cloud.receive(message)  # type: ignore[arg-type]
+                if len(secrets) == 1 and len(cloud.appends) == 2:
+                    if end == "cut":
+                        peer.socket.shutdown(socket.SHUT_RDWR)
+                    elif end == "lie":
+                        peer.send(b"garbage")
+                    elif end == "refusal":
+                        peer.send(encode(Error(code="internal", message="", seq=cloud.appends[-1].seq)))
+                if cloud.waiting:
+                    peer.send(encode(cloud.reply()))
+        finally:
+            codes.append(peer.protocol.close_rcvd and peer.protocol.close_rcvd.code)
+            closed.set()
+
+    def strike(way: str, frame: bytes) -> None:
+        ways.append(way)
+        if end == "interrupt" and ways.count("up") == 3:
+            raise KeyboardInterrupt
+
+    def ask() -> None:
+        connection = Connection(new_session(), Address(url), retry_seconds=5.0, on_frame=strike)
+        connection.rows([1], top_k=5)
+        with suppress(KeyboardInterrupt, CloudError):
+            connection.rows([1, 2], top_k=5)
+        if end == "close":
+            connection.close()
+        assert closed.wait(5), "the first connection is left open"
+        [row] = connection.rows([1, 2, 3], top_k=5)
+        assert row.values.max() == plain_logits([1, 2, 3]).max()
+
+    with lying_cloud(handle) as url:
+        within(20, ask)
+    assert secrets == [None, "r" if resumed else None]
+    assert codes[0] == code
 
 
 def test_the_limits_are_those_that_the_cloud_said() -> None:

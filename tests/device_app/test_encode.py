@@ -230,6 +230,32 @@ def test_what_was_answered_is_not_asked_again_after_a_lost_connection() -> None:
     assert session.counters.replays == 1
 
 
+def test_an_encoders_session_is_not_resumed_as_it_holds_nothing() -> None:
+    cloud, session = HonestEncoder(), new_session()
+    cloud.connect(session)
+    session.ask(SEQUENCES, "hidden")
+    cloud.take(session)
+    session.lost()
+    session.connected()
+    assert decode(session.outbox.popleft()) == Open(model="tiny", key_id=CLASSES.key_id)
+    with pytest.raises(DishonestError, match="KV length of 1, wanted at most 0"):
+        session.receive(encode(HonestEncoder(kv_length=1).opened))
+
+
+def test_failures_do_not_end_a_question_of_which_more_is_done_each_time() -> None:
+    size = 1024 + 3 * EMBEDDING + 10
+    cloud, session = HonestEncoder(max_frame=size, window=size), new_session()
+    cloud.connect(session)
+    sequences = [embed([number] * 3) for number in range(3 * MOST_REPLANS)]
+    session.ask(sequences, "hidden")
+    cloud.take(session)
+    for _ in sequences:
+        cloud.failures = ["window_exceeded"]
+        cloud.step(session)
+        cloud.step(session)
+    assert_right(session, sequences, "hidden")
+
+
 @pytest.mark.parametrize("code", ["window_exceeded", "cancelled", "out_of_step"])
 def test_a_cloud_that_loses_its_place_again_and_again_is_given_up(code: ErrorCode) -> None:
     cloud, session = HonestEncoder(), new_session()

@@ -359,8 +359,9 @@ commands = st.one_of(
     st.tuples(st.just("answer")),
     st.tuples(st.just("answer")),
     st.tuples(st.just("lose")),
+    st.tuples(st.just("cut"), st.integers(0, 4)),
     st.tuples(st.just("forget"), st.integers(0, 12)),
-    st.tuples(st.just("fail")),
+    st.tuples(st.just("fail"), st.sampled_from(["window_exceeded", "cancelled"])),
 )
 
 
@@ -388,10 +389,12 @@ def test_the_rows_are_of_the_ids_asked_about_whatever_happens(
         elif name == "lose":
             session.lost()
             cloud.connect(session)
+        elif name == "cut":
+            cloud.cut(session, values[0])  # type: ignore[arg-type]
         elif name == "forget":
             cloud.forget(values[0])  # type: ignore[arg-type]
         elif name == "fail" and not cloud.failures:
-            cloud.failures = ["window_exceeded"]
+            cloud.failures = [values[0]]  # type: ignore[list-item]
         cloud.take(session)
         if session.rows is not None:
             assert asked

@@ -420,6 +420,7 @@ commands = st.one_of(
     st.tuples(st.just("answer")),
     st.tuples(st.just("answer")),
     st.tuples(st.just("lose")),
+    st.tuples(st.just("cut"), st.integers(0, 4)),
     st.tuples(st.just("forget"), st.integers(0, 5)),
     st.tuples(st.just("fail"), st.sampled_from(["window_exceeded", "cancelled"])),
 )
@@ -447,6 +448,8 @@ def test_the_cloud_ends_with_exactly_what_was_asked_about_images_included(
         elif name == "lose":
             session.lost()
             cloud.connect(session)
+        elif name == "cut":
+            cloud.cut(session, values[0])  # type: ignore[arg-type]
         elif name == "forget":
             cloud.forget(boundary(cloud.cache, values[0]))  # type: ignore[arg-type]
         elif name == "fail" and not cloud.failures:
@@ -475,6 +478,7 @@ reading_commands = st.one_of(
     st.tuples(st.just("answer")),
     st.tuples(st.just("answer")),
     st.tuples(st.just("lose")),
+    st.tuples(st.just("cut"), st.integers(0, 4)),
     st.tuples(st.just("forget"), st.integers(0, 5)),
     st.tuples(st.just("fail"), st.sampled_from(["window_exceeded", "cancelled"])),
 )
@@ -501,6 +505,8 @@ def test_the_cloud_ends_with_exactly_what_was_asked_about_its_source_included(
         elif name == "lose":
             session.lost()
             cloud.connect(session)
+        elif name == "cut":
+            cloud.cut(session, values[0])  # type: ignore[arg-type]
         elif name == "forget":
             cloud.forget(values[0])  # type: ignore[arg-type]
             cloud.source = cloud.source if cloud.cache else None

@@ -42,9 +42,17 @@ ENGINES: dict[Kind, tuple[type[TorchEngine] | type[EncoderEngine], tuple[str, ..
 
 
 def open_context(
-    folder: Path, *, dtype: str = "auto", device: str = "auto", context: int | None = None, verify: bool = False
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    context: int | None = None,
+    verify: bool = False,
+    kv_bytes: int | None = None,
 ) -> tuple[CloudManifest, Engine]:
     """Checks an exported cloud folder and loads it. `verify` hashes every byte; shard headers are always checked.
+
+    kv_bytes: what its KV caches may take of memory.
 
     Raises BundleError where the folder is not whole, or holds a model that its kind does not fit.
     """

@@ -49,10 +49,18 @@ class Scheduler:
         self._jobs: deque[_Job] = deque()
         self._wake = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "engine")
+        self.on_step: Callable[[Engine, int, int, float], None] = lambda engine, sessions, rows, seconds: None
+        self.on_evict: Callable[[Engine], None] = lambda engine: None
+        self.step_began: float | None = None  # perf_counter() at the start of the step that runs now
 
-    def call(self, function: Callable[[], T]) -> T:
+    @property
+    def waiting(self) -> int:
+        """Requests that are not begun."""
+        return len(self._jobs)
+
+    async def call(self, function: Callable[[], T]) -> T:
         """Runs `function` in the engines' thread and gives what it gives: for loading models."""
-        return self._thread.submit(function).result()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def submit(self, engine: Engine, work: Work) -> Timed:
         """Waits for the turn of `work` and gives its result. A caller that is cancelled gives up its turn."""
@@ -71,9 +79,12 @@ class Scheduler:
                     self._wake.clear()
                     await self._wake.wait()
                     continue
-                started = time.perf_counter()
+                self.step_began = started = time.perf_counter()
                 results = await loop.run_in_executor(self._thread, _run, batch)
-                compute_us = int((time.perf_counter() - started) * 1e6)
+                self.step_began = None
+                seconds = time.perf_counter() - started
+                compute_us = int(seconds * 1e6)
+                self.on_step(batch[0].engine, len(batch), sum(len(job.work.embeddings) for job in batch), seconds)
                 for job, result in zip(batch, results, strict=True):
                     if not job.done.done():
                         job.done.set_result(Timed(result, int((started - job.arrived) * 1e6), compute_us))

@@ -12,9 +12,10 @@ Replies leave in the order of their requests, whatever failed in between.
 from __future__ import annotations
 
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cloud_backend.engine import AppendWork, EncodeWork, Engine, HiddenRows, LogitRows, Result, Work
 from cloud_backend.limits import Limits, check_append, check_encode
@@ -66,6 +67,7 @@ class _Request:
     size: int
     message: Append | Encode | None = None
     error: RequestError | WireError | None = None
+    arrived: float = field(default_factory=time.perf_counter)
 
 
 class Session:
@@ -74,6 +76,9 @@ class Session:
     def __init__(
         self, contexts: Mapping[tuple[str, str], Context], limits: Limits, accept_token: Callable[[str | None], bool]
     ) -> None:
+        """accept_token: raises RequestError where a token is known and may not have a session more."""
+        self.public_id = ""  # what logs call the session
+        self.on_error: Callable[[str, int], None] = lambda code, kv_length: None  # of each Error that is sent
         self.outbox: deque[bytes] = deque()
         self.closing: tuple[int, str] | None = None
         self.context: Context | None = None
@@ -96,6 +101,12 @@ class Session:
     def busy(self) -> bool:
         """Whether a request waits or runs."""
         return bool(self._pending) or self._running is not None
+
+    @property
+    def arrived(self) -> float:
+        """perf_counter() when the request that runs was received."""
+        assert self._running is not None
+        return self._running.arrived
 
     def receive(self, frame: bytes) -> None:
         """Takes one binary frame of the device's."""
@@ -128,10 +139,15 @@ class Session:
             self.outbox.append(encode(Error(code=code, message=text, kv_length=self._kv_length(), retryable=retryable)))
             self.closing = (CLOSE_CODES[code], code)
             self._pending.clear()
+            self.on_error(code, self._kv_length())
 
     def _open(self, message: Open) -> None:
-        if not self._accept_token(message.token):
-            self.fail("unauthorized", "token: missing or not known here")
+        try:
+            if not self._accept_token(message.token):
+                self.fail("unauthorized", "token: missing or not known here")
+                return
+        except RequestError as error:
+            self.fail(error.code, str(error))  # type: ignore[arg-type]  # one of PROTOCOL.md's codes
             return
         context = self._contexts.get((message.model, message.key_id))
         if context is None:
@@ -144,11 +160,12 @@ class Session:
         self.context = context
         self._cache = engine.new_cache()
         self._dtype = engine.dtype if message.dtype == "auto" else message.dtype
+        self.public_id = secrets.token_hex(4)
         limits = self._limits
         self.outbox.append(
             encode(
                 Opened(
-                    session=secrets.token_hex(4),
+                    session=self.public_id,
                     resume=secrets.token_urlsafe(16),
                     kv_length=0,
                     hidden_size=engine.hidden_size,
@@ -279,6 +296,7 @@ class Session:
             self._reply_error(self._pending.popleft().seq, error)
 
     def _reply_error(self, seq: int, error: RequestError | WireError) -> None:
+        self.on_error(error.code, self._kv_length())
         self.outbox.append(
             encode(
                 Error(

@@ -734,7 +734,7 @@ def test_options_that_cannot_be_carried_out_are_usage_errors(
         raise AssertionError("it would have served")
 
     if "--port" not in arguments and "--host" not in arguments:
-        monkeypatch.setattr("cloud_backend.server.serve_until_stopped", nothing_is_served)
+        monkeypatch.setattr("cloud_backend.process.serve_until_stopped", nothing_is_served)
     status, lines = command(monkeypatch, capsys, "serve", tiny / "cloud", *arguments)
     assert status == 2 and any(re.match("stip-cloud( serve)?: error: ", line) for line in lines), lines
 

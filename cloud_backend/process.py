@@ -8,13 +8,14 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 from cloud_backend.engine import Engine
-from cloud_backend.listener import url
+from cloud_backend.listener import running, url
 from cloud_backend.scheduler import Scheduler
 from cloud_backend.server import CloudServer
 from cloud_backend.session import Context
@@ -45,6 +46,7 @@ class _Stop:
     drain_seconds: float
     told: asyncio.Event = field(default_factory=asyncio.Event)
     loading: bool = True
+    last_resort: threading.Timer | None = None
 
     def listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -58,9 +60,14 @@ class _Stop:
             os._exit(0)
         self.told.set()
         # A step that is stuck would keep the process: its thread cannot be interrupted either.
-        last = threading.Timer(self.drain_seconds + CLOSING_SECONDS, os._exit, [0])
-        last.daemon = True
-        last.start()
+        self.last_resort = threading.Timer(self.drain_seconds + CLOSING_SECONDS, os._exit, [0])
+        self.last_resort.daemon = True
+        self.last_resort.start()
+
+    def done(self) -> None:
+        """The process ends by itself."""
+        if self.last_resort is not None:
+            self.last_resort.cancel()
 
 
 async def serve_until_stopped(
@@ -82,9 +89,13 @@ async def serve_until_stopped(
     stop = _Stop(drain_seconds)
     tls = None if at.certificate is None else at.certificate.context
     server.health.loading = True
-    async with server.listening(at.host, at.port, tls=tls, origins=at.origins, metrics_at=at.metrics_at) as listener:
+    listening = server.listening(at.host, at.port, tls=tls, origins=at.origins, metrics_at=at.metrics_at)
+    async with AsyncExitStack() as ending:
+        ending.callback(stop.done)
+        listener = await ending.enter_async_context(listening)
         stop.listen()
-        renewing = asyncio.create_task(at.certificate.keep_fresh()) if at.certificate else None
+        if at.certificate is not None:
+            await ending.enter_async_context(running("certificate", at.certificate.keep_fresh()))
         if threads is not None:
             await scheduler.call(partial(torch.set_num_threads, threads))  # of the thread that calls it alone
         for load in loads:
@@ -93,8 +104,6 @@ async def serve_until_stopped(
         log.info("listening on %s", url("wss" if tls else "ws", at.host, listener))
         await stop.told.wait()
         await server.drain(drain_seconds)
-        if renewing is not None:
-            renewing.cancel()
 
 
 async def _loaded(scheduler: Scheduler, load: Load) -> Context:

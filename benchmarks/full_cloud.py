@@ -60,7 +60,7 @@ def row_of(rows: LogitRows) -> Row:
 async def main(dtype: str) -> None:
     """Serves on a free loopback port, which it prints, until killed."""
     scheduler = Scheduler()
-    engine = scheduler.call(lambda: plain_engine(dtype))
+    engine = await scheduler.call(lambda: plain_engine(dtype))
 
     async def answer(socket: ServerConnection) -> None:
         async for request in socket:

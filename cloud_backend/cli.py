@@ -5,15 +5,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import ssl
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from cloud_backend.log import LOG_FORMATS, log_to_stderr
 from shared.command import debug_option, run
 from shared.errors import UsageError
 from shared.levels import limit
+from shared.manifest import CloudManifest, read_manifest
+
+if TYPE_CHECKING:
+    from cloud_backend.limits import Limits
 
 
 def main() -> None:
@@ -22,39 +28,91 @@ def main() -> None:
     common = [debug_option()]
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    serve = commands.add_parser("serve", help="serve one or more exported cloud folders", parents=common)
-    serve.add_argument("folders", nargs="+", type=Path, metavar="OUT/cloud")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    serve.add_argument("--port", type=_whole(0, 65535), default=8765, help="0 takes a free one (default: %(default)s)")
-    serve.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    serve.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="to compute in"
-    )
-    serve.add_argument("--verify", action="store_true", help="hash every file before serving")
-    serve.add_argument("--token-file", type=Path, metavar="F", help="hashes of the bearer tokens to accept")
-    serve.add_argument("--tls-cert", type=Path, metavar="F")
-    serve.add_argument("--tls-key", type=Path, metavar="F")
-    serve.add_argument(
-        "--origin", action="append", default=[], metavar="URL", help="allow browser pages of this origin"
-    )
-    serve.add_argument(
-        "--context", type=_whole(1), metavar="N", help="most positions of a session (default: the model's)"
-    )
-    serve.add_argument("--max-sessions", type=_whole(1), default=64, metavar="N")
-    serve.add_argument(
-        "--idle-seconds", type=_seconds, default=600.0, metavar="S", help="silence after which a session ends"
-    )
-    serve.add_argument("--max-frame", type=_whole(1024), default=4 * 2**20, metavar="BYTES")
-    serve.add_argument(
-        "--window", type=_whole(1024), default=16 * 2**20, metavar="BYTES", help="bytes in flight of a session"
-    )
-    serve.set_defaults(command=_serve)
-
+    _add_serve(commands.add_parser("serve", help="serve one or more exported cloud folders", parents=common))
     token = commands.add_parser("token", help="make a bearer token: printed once, stored as a hash", parents=common)
     token.add_argument("--token-file", type=Path, default=Path("tokens.txt"), metavar="F")
     token.add_argument("--name", default="device", help="whose token it is (default: %(default)s)")
     token.set_defaults(command=_token)
     run(parser)
+
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument("folders", nargs="+", type=Path, metavar="OUT/cloud")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    serve.add_argument("--port", type=_whole(0, 65535), default=8765, help="0 takes a free one (default: %(default)s)")
+    serve.add_argument("--verify", action="store_true", help="hash every file before serving")
+    serve.add_argument(
+        "--drain-seconds",
+        type=_seconds,
+        default=10.0,
+        metavar="S",
+        help="for requests to be answered after SIGTERM (default: %(default)g)",
+    )
+    serve.set_defaults(command=_serve)
+
+    models = serve.add_argument_group("models")
+    models.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    models.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="to compute in"
+    )
+    models.add_argument(
+        "--context", type=_whole(1), metavar="N", help="most positions of a session (default: the model's)"
+    )
+    models.add_argument(
+        "--kv-bytes",
+        type=_bytes,
+        metavar="BYTES",
+        help="memory for the KV caches of each model, as 8G or 512M (default: a quarter of what is free)",
+    )
+    models.add_argument("--threads", type=_whole(1), metavar="N", help="of the processor (default: torch's choice)")
+
+    clients = serve.add_argument_group("who may connect")
+    clients.add_argument("--token-file", type=Path, metavar="F", help="hashes of the bearer tokens to accept")
+    clients.add_argument(
+        "--tls-cert", type=Path, metavar="F", help="PEM; read again when it changes, as the tokens are"
+    )
+    clients.add_argument("--tls-key", type=Path, metavar="F")
+    clients.add_argument(
+        "--origin", action="append", default=[], metavar="URL", help="allow browser pages of this origin"
+    )
+
+    limits = serve.add_argument_group("limits")
+    limits.add_argument("--max-sessions", type=_whole(1), default=1024, metavar="N", help="(default: %(default)s)")
+    limits.add_argument(
+        "--token-sessions",
+        type=_whole(1),
+        default=256,
+        metavar="N",
+        help="sessions of one token (default: %(default)s)",
+    )
+    limits.add_argument(
+        "--token-rate",
+        type=_whole(0),
+        default=0,
+        metavar="N",
+        help="positions a second that the sessions of one token share (default: 0, no limit)",
+    )
+    limits.add_argument(
+        "--idle-seconds", type=_seconds, default=600.0, metavar="S", help="silence after which a session ends"
+    )
+    limits.add_argument(
+        "--grace-seconds",
+        type=_seconds,
+        default=60.0,
+        metavar="S",
+        help="for a device to come back after a lost connection (default: %(default)g)",
+    )
+    limits.add_argument("--max-frame", type=_whole(1024), default=4 * 2**20, metavar="BYTES")
+    limits.add_argument(
+        "--window", type=_whole(1024), default=16 * 2**20, metavar="BYTES", help="bytes in flight of a session"
+    )
+
+    watching = serve.add_argument_group("watching it")
+    watching.add_argument("--log", choices=LOG_FORMATS, default="text", help="lines for people, or JSON objects")
+    watching.add_argument(
+        "--metrics-port", type=_whole(0, 65535), metavar="P", help="serve health and metrics here, by plain HTTP"
+    )
+    watching.add_argument("--metrics-host", default="127.0.0.1", metavar="HOST", help="(default: %(default)s)")
 
 
 def _whole(least: int, most: int = 2**32 - 1) -> Callable[[str], int]:
@@ -74,70 +132,92 @@ def _seconds(text: str) -> float:
     return float(text)
 
 
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def _bytes(text: str) -> int:
+    """A size such as 8G: K, M and G are powers of 1024."""
+    if not (match := re.fullmatch("([1-9][0-9]{0,17})([KMG]?)", text)):
+        raise argparse.ArgumentTypeError(f"seen {text}, wanted a number of bytes, or one with K, M or G")
+    return int(match[1]) * UNITS[match[2]]
+
+
 def _serve(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging as transformers_logging
 
-    from cloud_backend.limits import Limits
     from cloud_backend.opening import open_context
+    from cloud_backend.process import Listening, serve_until_stopped
     from cloud_backend.scheduler import Scheduler
-    from cloud_backend.server import CloudServer, serve_until_stopped
-    from cloud_backend.session import Context
+    from cloud_backend.server import CloudServer
+    from cloud_backend.tls import Certificate
     from cloud_backend.tokens import Tokens
 
-    logging.basicConfig(level=logging.INFO, format="stip-cloud: %(message)s", stream=sys.stderr)
-    logging.getLogger("websockets").setLevel(logging.WARNING)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log_to_stderr(arguments.log)
     transformers_logging.set_verbosity_error()  # it would report the embedding as missing: it is, on purpose
     transformers_logging.disable_progress_bar()
-    log = logging.getLogger("stip.cloud")
+    limits = _limits(arguments)
+    tokens = Tokens(arguments.token_file) if arguments.token_file else None
+    chain, key = arguments.tls_cert, arguments.tls_key
+    if (chain is None) != (key is None):
+        raise UsageError("TLS wants both --tls-cert and --tls-key", hint="give the other one as well")
+    at = Listening(
+        arguments.host,
+        arguments.port,
+        Certificate(chain, key) if chain else None,
+        arguments.origin,
+        None if arguments.metrics_port is None else (arguments.metrics_host, arguments.metrics_port),
+    )
+    _check_folders(arguments.folders)
+    load = partial(
+        open_context,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        context=arguments.context,
+        verify=arguments.verify,
+        kv_bytes=arguments.kv_bytes,
+    )
+    scheduler = Scheduler()
+    server = CloudServer([], limits, tokens, scheduler)
+    loads = [partial(load, folder) for folder in arguments.folders]
+    asyncio.run(
+        serve_until_stopped(
+            server, scheduler, loads, at, threads=arguments.threads, drain_seconds=arguments.drain_seconds
+        )
+    )
+
+
+def _limits(arguments: argparse.Namespace) -> Limits:
+    from cloud_backend.limits import Limits
+
     if arguments.window < arguments.max_frame:
         raise UsageError(
             f"window: seen {arguments.window}, wanted at least --max-frame, {arguments.max_frame}",
             hint="a larger --window, or a smaller --max-frame",
         )
-    limits = Limits(
+    return Limits(
         max_frame=arguments.max_frame,
         window=arguments.window,
         max_sessions=arguments.max_sessions,
+        token_sessions=arguments.token_sessions,
+        token_rate=arguments.token_rate,
         idle_seconds=arguments.idle_seconds,
+        grace_seconds=arguments.grace_seconds,
     )
-    tokens = Tokens(arguments.token_file) if arguments.token_file else None
-    tls = _tls(arguments.tls_cert, arguments.tls_key)
-    scheduler = Scheduler()
-    contexts: dict[tuple[str, str], Context] = {}
-    for folder in arguments.folders:
-        load = partial(
-            open_context,
-            folder,
-            dtype=arguments.dtype,
-            device=arguments.device,
-            context=arguments.context,
-            verify=arguments.verify,
-        )
-        manifest, engine = scheduler.call(load)
-        name = (manifest.served_name, manifest.key_id)
-        if name in contexts:
+
+
+def _check_folders(folders: list[Path]) -> None:
+    """What manifests tell at once, before anything is loaded. Raises BundleError, and UsageError for an export given
+    twice."""
+    log = logging.getLogger("stip.cloud")
+    seen = set()
+    for folder in folders:
+        manifest = read_manifest(folder, CloudManifest)
+        if (manifest.served_name, manifest.key_id) in seen:
             raise UsageError(f"{folder}: the same export was given twice", hint="give each folder once")
-        contexts[name] = Context(*name, engine)
-        log.info("serving %s: %s, context %d", manifest.served_name, engine.dtype, engine.context)
+        seen.add((manifest.served_name, manifest.key_id))
         log.info("%s: %s", manifest.served_name, limit(manifest.scheme))
         if manifest.warning:
             log.warning("%s: %s", manifest.served_name, manifest.warning)
-    server = CloudServer(contexts.values(), limits, tokens, scheduler)
-    asyncio.run(serve_until_stopped(server, arguments.host, arguments.port, tls=tls, origins=arguments.origin))
-
-
-def _tls(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
-    if certificate is None and key is None:
-        return None
-    if certificate is None or key is None:
-        raise UsageError("TLS wants both --tls-cert and --tls-key", hint="give the other one as well")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(certificate, key)
-    except (OSError, ssl.SSLError) as error:
-        raise UsageError(f"TLS certificate {certificate} or key {key}: {error}", hint="give PEM files") from None
-    return context
 
 
 def _token(arguments: argparse.Namespace) -> None:

@@ -36,10 +36,9 @@ class Leases:
         self._release = release
         self._by_digest: dict[bytes, Lease] = {}
 
-    @property
-    def held(self) -> int:
-        """Sessions that nobody has now."""
-        return sum(lease.displace is None for lease in self._by_digest.values())
+    def held(self, served_name: str) -> int:
+        """Sessions of a served model that nobody has now."""
+        return sum(lease.displace is None and lease.bound_to[0] == served_name for lease in self._by_digest.values())
 
     def new(self, bound_to: tuple[str, str, str], engine: Engine, displace: Callable[[], None]) -> Lease:
         """A fresh session."""
@@ -66,11 +65,11 @@ class Leases:
         if not keep or not lease.cache.held:
             self._end(lease)
 
-    def expire(self, *, unless: Callable[[Lease], bool] = lambda lease: True) -> None:
-        """Ends the sessions whose grace time is over, and those that nobody has and are not `unless`."""
+    def expire(self, *, known: Callable[[str], bool] = lambda owner: True) -> None:
+        """Ends the sessions that nobody has whose grace time is over, or whose owner is not known any more."""
         now = time.monotonic()
         for lease in list(self._by_digest.values()):
-            if lease.displace is None and (lease.until < now or not unless(lease)):
+            if lease.displace is None and (lease.until < now or not known(lease.bound_to[2])):
                 self._end(lease)
 
     def _end(self, lease: Lease) -> None:

@@ -13,7 +13,7 @@ from shared.wire import DTYPES, Append, Array, Encode, FloatName
 
 @dataclass(frozen=True)
 class Limits:
-    """What one session may ask for. Bytes, except where named."""
+    """What sessions may ask for. Bytes, except where named."""
 
     max_frame: int = 4 * 2**20
     window: int = 16 * 2**20
@@ -21,9 +21,13 @@ class Limits:
     max_full_rows: int = 8
     max_top_k: int = 1024
     max_sessions: int = 1024  # sessions of the whole server
+    token_sessions: int = 256  # sessions of one token
+    token_rate: float = 0.0  # positions a second that the sessions of one token share; 0: no limit
+    max_unopened: int = 64  # connections of one client address that have not sent `Open`, where there are tokens
     idle_seconds: float = 600.0
     open_seconds: float = 10.0  # from the connection to `Open`
-    grace_seconds: float = 60.0  # that a session is kept for whose connection was lost
+    send_seconds: float = 30.0  # for a device to take a reply
+    grace_seconds: float = 60.0  # for a device to come back to a session whose connection was lost
 
 
 def check_append(message: Append, engine: Engine, limits: Limits, dtype: FloatName) -> None:

@@ -36,6 +36,7 @@ class Scheduler:
         # Called after each step with its sessions, rows and seconds, and for each session that was evicted.
         self.on_step: Callable[[Engine, int, int, float], None] = lambda engine, sessions, rows, seconds: None
         self.on_evict: Callable[[Engine], None] = lambda engine: None
+        self.step_began: float | None = None  # perf_counter() at the start of the step that runs now
         self._jobs: list[Job] = []
         self._turns: dict[Engine, Turns] = {}  # whose turn it is comes first
         self._returning: set[KVCache] = set()  # who was answered in the last step
@@ -48,9 +49,9 @@ class Scheduler:
         """Requests that no step has begun."""
         return sum(job.begun is None for job in self._jobs)
 
-    def call(self, function: Callable[[], T]) -> T:
+    async def call(self, function: Callable[[], T]) -> T:
         """Runs `function` in the engines' thread and gives what it gives: for loading models."""
-        return self._thread.submit(function).result()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def submit(self, engine: Engine, work: Work, dropped: Callable[[], bool] = lambda: False) -> Timed:
         """Waits for the turns of `work` and gives its result.
@@ -81,11 +82,12 @@ class Scheduler:
                 if not step:
                     await self._pause()
                     continue
-                started = time.perf_counter()
+                self.step_began = started = time.perf_counter()
                 for job, _ in step:
                     job.begun = job.begun or started
                 engine = step[0][0].engine
                 outcomes = await loop.run_in_executor(self._thread, _run, engine, [piece for _, piece in step])
+                self.step_began = None
                 self._finish(engine, step, outcomes, time.perf_counter() - started)
         finally:
             self._thread.shutdown(wait=True)

@@ -12,9 +12,10 @@ Replies leave in the order of their requests, whatever failed in between.
 from __future__ import annotations
 
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cloud_backend.engine import AppendWork, EncodeWork, Engine, HiddenRows, LogitRows, Result, Work
 from cloud_backend.leases import Lease, Leases
@@ -67,6 +68,7 @@ class _Request:
     size: int
     message: Append | Encode | None = None
     error: RequestError | WireError | None = None
+    arrived: float = field(default_factory=time.perf_counter)
 
 
 class Session:
@@ -79,7 +81,10 @@ class Session:
         identify: Callable[[str | None], str | None],
         leases: Leases,
     ) -> None:
-        """identify: whose a token is, in any words; None where it is not accepted. leases: of all sessions."""
+        """identify: whose a token is, in any words; None where it is not known. Raises RequestError where its owner may
+        not have a session more. leases: of all sessions."""
+        self.public_id = ""  # what logs call the session
+        self.on_error: Callable[[str, int], None] = lambda code, kv_length: None  # of each Error that is sent
         self.outbox: deque[bytes] = deque()
         self.closing: tuple[int, str] | None = None
         self.context: Context | None = None
@@ -107,6 +112,12 @@ class Session:
     def busy(self) -> bool:
         """Whether a request waits or runs."""
         return bool(self._pending) or self._running is not None
+
+    @property
+    def arrived(self) -> float:
+        """perf_counter() when the request that runs was received."""
+        assert self._running is not None
+        return self._running.arrived
 
     def dropped(self) -> bool:
         """Whether nobody wants the running work any more."""
@@ -143,9 +154,14 @@ class Session:
             self.outbox.append(encode(Error(code=code, message=text, kv_length=self._kv_length(), retryable=retryable)))
             self.closing = (CLOSE_CODES[code], code)
             self._pending.clear()
+            self.on_error(code, self._kv_length())
 
     def _open(self, message: Open) -> None:
-        owner = self._identify(message.token)
+        try:
+            owner = self._identify(message.token)
+        except RequestError as error:
+            self.fail(error.code, str(error))  # type: ignore[arg-type]  # one of PROTOCOL.md's codes
+            return
         if owner is None:
             self.fail("unauthorized", "token: missing or not known here")
             return
@@ -163,11 +179,12 @@ class Session:
         self._lease = lease or self._leases.new(bound_to, engine, self._displaced)
         self._cache = self._lease.cache
         self._dtype = engine.dtype if message.dtype == "auto" else message.dtype
+        self.public_id = secrets.token_hex(4)
         limits = self._limits
         self.outbox.append(
             encode(
                 Opened(
-                    session=secrets.token_hex(4),
+                    session=self.public_id,
                     resume=self._lease.secret,
                     kv_length=self._cache.length,
                     hidden_size=engine.hidden_size,
@@ -311,6 +328,7 @@ class Session:
             self._reply_error(self._pending.popleft().seq, error)
 
     def _reply_error(self, seq: int, error: RequestError | WireError) -> None:
+        self.on_error(error.code, self._kv_length())
         self.outbox.append(
             encode(
                 Error(

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from cloud_backend.eviction import Admission
 from cloud_backend.engine import AppendWork, Engine, Result, Work
+from cloud_backend.eviction import Admission
 from cloud_backend.kv_cache import KVCache
 from shared.errors import RequestError
 

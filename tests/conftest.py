@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -122,7 +123,11 @@ class RunningCloud:
 
 @contextmanager
 def run_cloud(
-    *exports: Path, limits: Limits | None = None, tokens: Tokens | None = None, dtype: str = "auto"
+    *exports: Path,
+    limits: Limits | None = None,
+    tokens: Tokens | None = None,
+    dtype: str = "auto",
+    tls: ssl.SSLContext | None = None,
 ) -> Iterator[RunningCloud]:
     """A real server on a free loopback port, with its own event loop in a thread; exports are OUT folders."""
     contexts = []
@@ -135,7 +140,7 @@ def run_cloud(
 
     async def serve() -> None:
         stop = asyncio.Event()
-        async with server.listening("127.0.0.1", 0) as listener:
+        async with server.listening("127.0.0.1", 0, tls=tls) as listener:
             address.extend((listener.sockets[0].getsockname()[1], asyncio.get_running_loop(), stop))
             ready.set()
             await stop.wait()
@@ -145,7 +150,7 @@ def run_cloud(
     assert ready.wait(30)
     port, loop, stop = address
     try:
-        yield RunningCloud(f"ws://127.0.0.1:{port}", server, contexts[0].engine)
+        yield RunningCloud(f"{'wss' if tls else 'ws'}://127.0.0.1:{port}", server, contexts[0].engine)
     finally:
         loop.call_soon_threadsafe(stop.set)  # type: ignore[attr-defined]
         thread.join(30)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import re
 import shutil
@@ -34,6 +35,7 @@ from export.bundle import export_model
 from shared import wire
 from shared.errors import UsageError
 from shared.levels import limit
+from tests.cloud_backend.asking import eventually, get
 from tests.cloud_backend.device import PATIENCE, Device, close_code, decode_greedily, dial, engine_step, open_of, table
 from tests.conftest import RunningCloud, run_cloud, run_cloud_process
 
@@ -46,14 +48,6 @@ VALUE = 0.7310585786  # in the embeddings of the logged session; found nowhere e
 def cloud(tiny: Path) -> Iterator[RunningCloud]:
     with run_cloud(tiny) as running:
         yield running
-
-
-def eventually(holds: Callable[[], bool], seconds: float = PATIENCE) -> bool:
-    """Whether `holds` becomes true in time."""
-    deadline = time.monotonic() + seconds
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return holds()
 
 
 def slow_down(running: RunningCloud, seconds: float) -> None:
@@ -734,7 +728,7 @@ def test_options_that_cannot_be_carried_out_are_usage_errors(
         raise AssertionError("it would have served")
 
     if "--port" not in arguments and "--host" not in arguments:
-        monkeypatch.setattr("cloud_backend.server.serve_until_stopped", nothing_is_served)
+        monkeypatch.setattr("cloud_backend.process.serve_until_stopped", nothing_is_served)
     status, lines = command(monkeypatch, capsys, "serve", tiny / "cloud", *arguments)
     assert status == 2 and any(re.match("stip-cloud( serve)?: error: ", line) for line in lines), lines
 
@@ -772,7 +766,8 @@ class Ended:
 
     status: int
     seconds: float
-    log: list[str]
+    log: list[str]  # of JSON without what is a time
+    metrics: str
     stdout: str
     last_words: list[tuple[str, bool, int | None]]  # of each session: code, retryable, close code
     token: str
@@ -780,12 +775,20 @@ class Ended:
     ids: list[int]
 
 
-@pytest.fixture(scope="module")
-def ended(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+def untimed(line: str) -> str:
+    """A line of JSON without times, whose digits may be those of anything."""
+    fields = json.loads(line)
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", fields.pop("time"))
+    assert isinstance(fields.pop("seconds", 0.0), float)
+    return json.dumps(fields)
+
+
+@pytest.fixture(scope="module", params=["text", "json"])
+def ended(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     """One server process at its default log level: sessions good and bad, then SIGTERM while two are open."""
     tokens = tmp_path_factory.mktemp("process") / "tokens.txt"
     token = add_token(tokens, "phone")
-    arguments = ["serve", str(tiny / "cloud"), "--port", "0", "--token-file", str(tokens)]
+    arguments = ["serve", str(tiny / "cloud"), "--port", "0", "--token-file", str(tokens), "--log", request.param]
     process = subprocess.Popen(
         [sys.executable, "-m", "cloud_backend", *arguments],
         stderr=subprocess.PIPE,
@@ -799,7 +802,7 @@ def ended(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
             log.append(line.rstrip("\n"))
             if "listening on" in line:
                 break
-        url = log[-1].split()[-1]
+        url = log[-1].split()[-1].strip('"}')
         opening = open_of(tiny, token=token)
         embeddings = EMBEDDINGS[:20].copy()
         embeddings[:, 0] = VALUE
@@ -818,6 +821,7 @@ def ended(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
             refusal(url, **wrong)
         with Device(url, opening) as one, Device(url, opening) as other:
             one.rows(0, embeddings)
+            _, metrics = get(url, "/metrics")
             started = time.monotonic()
             process.send_signal(signal.SIGTERM)
             words = []
@@ -828,7 +832,8 @@ def ended(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
         return Ended(
             process.returncode,
             time.monotonic() - started,
-            log + rest.splitlines(),
+            [untimed(line) if request.param == "json" else line for line in log + rest.splitlines()],
+            metrics,
             stdout,
             words,
             token,
@@ -858,6 +863,13 @@ def test_the_log_holds_no_token(ended: Ended) -> None:
     assert ended.token not in log and TOKEN not in log and ended.token.removeprefix("stip_")[:8] not in log
 
 
+def test_the_metrics_hold_no_token_no_name_and_no_key(ended: Ended, tiny: Path) -> None:
+    assert "stip_tokens_refused_total 1.0" in ended.metrics
+    hashed = hashlib.sha256(ended.token.encode()).hexdigest()
+    for secret in (ended.token.removeprefix("stip_")[:8], TOKEN, hashed[:8], "phone", open_of(tiny).key_id):
+        assert secret not in ended.metrics
+
+
 def test_the_log_holds_no_value_of_an_embedding_or_a_logit(ended: Ended) -> None:
     log = "\n".join(ended.log)
     values = [VALUE, *EMBEDDINGS[:20].ravel().tolist(), *ended.answered.ravel().tolist()]
@@ -872,10 +884,28 @@ def test_the_log_holds_no_ids(ended: Ended) -> None:
 
 def test_the_log_is_names_and_counts_alone(ended: Ended) -> None:
     known = re.compile(
-        r"stip-cloud: (serving llama: float32, context 256|llama: permutation is not encryption: .*|listening on ws://127\.0\.0\.1:\d+"
+        r"(serving llama: float32, context 256|llama: permutation is not encryption: .*|listening on ws://127\.0\.0\.1:\d+"
         r"|session opened on llama|session closed, \d open|stopping)"
     )
-    assert [line for line in ended.log if not known.fullmatch(line)] == []
+    for line in ended.log:
+        fields = json.loads(line) if line.startswith("{") else {"message": line.removeprefix("stip-cloud: ")}
+        assert known.fullmatch(fields.pop("message")), line
+        errors = fields.pop("errors", {})
+        assert all(re.fullmatch("[a-z_]+", code) and isinstance(count, int) for code, count in errors.items())
+        assert re.fullmatch("[0-9a-f]{8}|", fields.pop("session", ""))
+        names = ("info", "session opened", "session closed", "serving", "llama", "float32", "")
+        assert all(isinstance(value, int) or value in names for value in fields.values()), line
+
+
+@pytest.mark.parametrize("ended", ["json"], indirect=True)
+def test_the_log_of_a_session_says_what_it_took(ended: Ended) -> None:
+    closed = [fields for line in ended.log if (fields := json.loads(line)).get("event") == "session closed"]
+    first = closed[0]
+    assert (first["requests"], first["positions"]) == (2, 21)
+    assert first["errors"] == {"out_of_step": 1, "not_finite": 1, "bad_request": 1, "bad_frame": 1}
+    opened = [fields for line in ended.log if (fields := json.loads(line)).get("event") == "session opened"]
+    assert first["session"] == opened[0]["session"] and first["model"] == "llama"
+    assert closed[1]["errors"] == {"unauthorized": 1} and closed[1]["session"] == closed[1]["model"] == ""
 
 
 def test_the_server_writes_nothing_to_stdout(ended: Ended) -> None:

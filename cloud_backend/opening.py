@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from cloud_backend.vision import ImageEncoderEngine, VisionEngine
 from shared.errors import BundleError
 from shared.manifest import CloudManifest, Kind, check_files, read_manifest
 from shared.wire import FloatName
+
+log = logging.getLogger("stip.cloud")
 
 # The engine of each kind, and the stock classes it runs; a decoder's is any that gives the next token's logits.
 ENGINES: dict[Kind, tuple[type[DecoderEngine] | type[EncoderEngine], tuple[str, ...]]] = {
@@ -63,16 +66,30 @@ def open_context(
     """
     manifest = read_manifest(folder, CloudManifest)
     check_files(folder, manifest, contents=verify)
-    chosen = manifest.dtype if dtype == "auto" else next(name for name in TORCH_DTYPES if name == dtype)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise BundleError(
             "device cuda: torch finds no CUDA device", hint="--device cpu, or install a CUDA build of torch"
         )
+    chosen = dtype_of(manifest, device) if dtype == "auto" else next(name for name in TORCH_DTYPES if name == dtype)
     engine, _ = ENGINES[manifest.kind]
     model = load_model(folder, chosen, device)
     return manifest, engine(model, chosen, context, kv_bytes or free_memory(device) // SHARE[device])
+
+
+def dtype_of(manifest: CloudManifest, device: str) -> FloatName:
+    """The checkpoint's own dtype; float32 for bfloat16 on a processor that has no instructions for it."""
+    if manifest.dtype == "bfloat16" and device == "cpu" and not has_bfloat16():
+        log.info("%s: float32, as this processor has no bfloat16 instructions", manifest.served_name)
+        return "float32"
+    return manifest.dtype
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies in bfloat16 by itself."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def free_memory(device: str) -> int:

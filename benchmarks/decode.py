@@ -90,7 +90,7 @@ def measure(out: Path, dtype: str, rounds: int, tokens: int) -> dict[str, Any]:
             for step in STEPS:
                 work[step].append(stip.counters.work_ns.get(step, 0) / 1e6 / tokens)
         traffic = stip.traffic()
-        several = together.measure(out / "device", bundle.tokenizer, url, rounds, tokens)
+        several = together.measure(out / "device", url, rounds, tokens)
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratios = {
         f"{one}/{other}": statistics.median(x / y for x, y in zip(times[one], times[other], strict=True))

@@ -98,6 +98,8 @@ class Crew:
             device = self.devices[number]
             time.sleep(max(0.0, begin + order.devices.index(number) * order.stagger - time.monotonic()))
             for turn in range(order.answers):
+                if self.stopped.is_set():
+                    return
                 if order.fresh:
                     device.forget()
                 prompt = order.prompts[(number + turn) % len(order.prompts)]

@@ -23,7 +23,7 @@ from benchmarks.device_process import Report, Run
 from benchmarks.fleet import PROCESSES, Fleet
 from benchmarks.prompts import PROMPTS
 from benchmarks.timelines import Timeline, during, outside, percentiles, together
-from device_app.tokenizer import Tokenizer
+from device_app.bundle import Bundle
 
 DEVICES = 16
 LONG_PROMPT = 2000  # tokens
@@ -31,10 +31,10 @@ SECONDS = 3.0  # of decoding without the long prompt, before it and after
 ENDLESS = 4000  # tokens: more than are made until the devices are stopped, and fewer than the context has
 
 
-def measure(bundle: Path, tokenizer: Tokenizer, url: str, rounds: int, tokens: int) -> dict[str, Any]:
-    """All figures, for the results of `make bench`."""
-    prompt = long_prompt(tokenizer)
-    with Fleet(bundle, url, DEVICES) as many, Fleet(bundle, url, 1) as other:
+def measure(folder: Path, url: str, rounds: int, tokens: int) -> dict[str, Any]:
+    """All figures, for the results of `make bench`. folder: OUT/device."""
+    prompt, length = long_prompt(Bundle.open(folder))
+    with Fleet(folder, url, DEVICES) as many, Fleet(folder, url, 1) as other:
         measured = [(_gain(many, tokens), _cost(many, other, prompt)) for _ in range(rounds)]
     gains, costs = zip(*measured, strict=True)
     return {
@@ -42,18 +42,21 @@ def measure(bundle: Path, tokenizer: Tokenizer, url: str, rounds: int, tokens: i
         "processes": PROCESSES,
         "cores": len(os.sched_getaffinity(0)),
         "together": _medians(gains),
-        "long_prompt": {"tokens": len(tokenizer.encode(prompt))} | _medians(costs),
+        "long_prompt": {"tokens": length} | _medians(costs),
     }
 
 
-def long_prompt(tokenizer: Tokenizer) -> str:
-    """The prompts, again and again, up to LONG_PROMPT tokens."""
-    text = ""
+def long_prompt(bundle: Bundle) -> tuple[str, int]:
+    """The prompts, again and again, as many as LONG_PROMPT tokens hold with the chat template; and how many they are."""
+    assert bundle.template is not None
+    text, tokens = "", 0
     for prompt in itertools.cycle(PROMPTS):
-        if len(tokenizer.encode(longer := f"{text}{prompt}\n")) > LONG_PROMPT:
-            return text
-        text = longer
-    raise AssertionError("a cycle has no end")
+        longer = f"{text}{prompt}\n"
+        ids = bundle.tokenizer.encode(bundle.template.render([{"role": "user", "content": longer}]))
+        if len(ids) > LONG_PROMPT:
+            break
+        text, tokens = longer, len(ids)
+    return text, tokens
 
 
 def _gain(many: Fleet, tokens: int) -> dict[str, float]:
@@ -115,15 +118,17 @@ def show(figures: dict[str, Any], against_generate: float) -> None:
     gain, cost = figures["together"], figures["long_prompt"]
     print(
         f"\n(e) {figures['devices']} devices together   {gain['tokens_per_second']:.1f} tokens/s, "
-        f"{gain['ratio']:.2f} × the {gain['alone_tokens_per_second']:.1f} of one alone; each within "
-        f"{gain['slowest_to_fastest']:.3f} of the fastest, Jain's index {gain['jain']:.4f}; "
-        f"devices took {gain['driver_cores_used']:.2f} of {figures['cores']} cores"
+        f"{gain['ratio']:.2f} × the {gain['alone_tokens_per_second']:.1f} of one alone; slowest ÷ fastest "
+        f"{gain['slowest_to_fastest']:.3f}, Jain's index {gain['jain']:.4f}; "
+        f"the devices took {gain['driver_cores_used']:.2f} of {figures['cores']} cores"
     )
     print(f"(f) one device alone       {against_generate:.2f} × the tokens/s of generate()")
     print(
         f"(g) {figures['devices'] - 1} devices beside a prompt of {cost['tokens']} tokens: p99 a token "
-        f"{cost['token_p99_ms_with']:.0f} ms, {cost['token_p99_ratio']:.2f} × the "
-        f"{cost['token_p99_ms_without']:.0f} ms without it; its first token {cost['first_token_ms_beside']:.0f} ms, {cost['first_token_ratio']:.2f} × the "
-        f"{cost['first_token_ms_idle']:.0f} ms on an idle server"
+        f"{cost['token_p99_ms_with']:.0f} ms, {cost['token_p99_ratio']:.2f} × the {cost['token_p99_ms_without']:.0f} ms"
+    )
+    print(
+        f"    without it; the prompt's first token {cost['first_token_ms_beside']:.0f} ms, "
+        f"{cost['first_token_ratio']:.2f} × the {cost['first_token_ms_idle']:.0f} ms on an idle server"
     )
     print(f"    the devices of (e) and (g) run in {figures['processes']} processes on the server's own cores")

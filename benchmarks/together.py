@@ -47,7 +47,7 @@ def measure(folder: Path, url: str, rounds: int, tokens: int) -> dict[str, Any]:
 
 
 def long_prompt(bundle: Bundle) -> tuple[str, int]:
-    """The prompts, again and again, as many as LONG_PROMPT tokens hold with the chat template; and how many they are."""
+    """The prompts, again and again, as many as LONG_PROMPT tokens hold, chat template included; and their tokens."""
     assert bundle.template is not None
     text, tokens = "", 0
     for prompt in itertools.cycle(PROMPTS):

@@ -171,4 +171,7 @@ def main(folder: str, url: str, numbers: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    try:
+        main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    except StipError as error:
+        sys.exit(f"device process: error: {error}")

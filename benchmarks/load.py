@@ -30,6 +30,7 @@ from benchmarks.prompts import PROMPTS
 from benchmarks.timelines import per_token, percentiles, together
 from benchmarks.watch import Watch
 from examples.smollm2 import smollm2_gguf
+from shared.errors import StipError
 
 
 def main() -> None:
@@ -52,12 +53,15 @@ def main() -> None:
         parser.error("--url and --bundle: seen one alone, wanted both or none")
     if min(options.devices, options.tokens - 1, options.answers, options.processes) < 1 or options.stagger < 0:
         parser.error("wanted at least 1 device, 2 tokens, 1 answer, 1 process, and a stagger of at least 0")
-    if options.url is not None:
-        figures = measure(options.bundle, options.url, options)
-    else:
-        limits = ["--kv-bytes", options.kv_bytes] if options.kv_bytes else []
-        with smollm2(options.dtype, *limits) as (bundle, server):
-            figures = measure(bundle, server.address, options, server)
+    try:
+        if options.url is not None:
+            figures = measure(options.bundle, options.url, options)
+        else:
+            limits = ["--kv-bytes", options.kv_bytes] if options.kv_bytes else []
+            with smollm2(options.dtype, *limits) as (bundle, server):
+                figures = measure(bundle, server.address, options, server)
+    except (RuntimeError, StipError) as error:
+        sys.exit(f"load: error: {error}")
     print(json.dumps(figures, indent=2)) if options.json else show(figures)
     if figures["errors"]:
         sys.exit(f"load: error: {len(figures['errors'])} devices failed, the first with {figures['errors'][0]}")

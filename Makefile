@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PROMPT ?=
 
-.PHONY: demo test test-all lint bench bench-levels bench-audit bench-equivalence bench-export families clean
+.PHONY: demo test test-all lint load bench bench-sessions bench-levels bench-audit bench-equivalence bench-export families clean
 
 # torch first and pinned: left to itself, pip may take a build with gigabytes of CUDA libraries.
 .venv/installed: pyproject.toml constraints.txt
@@ -31,6 +31,14 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.decode
+
+# 16 devices at once on a server of its own; `python -m benchmarks.load --help` says how to put load on another
+load: .venv/installed
+	$(BIN)/python -m benchmarks.load
+
+# 1,000 connected sessions, 50 of them active, for 10 minutes: errors, evictions, the server's memory
+bench-sessions: .venv/installed
+	$(BIN)/python -m benchmarks.sessions
 
 # what the stronger levels cost, side by side
 bench-levels: .venv/installed

@@ -5,6 +5,12 @@
 (c) STIP over the websocket
 (d) transformers' generate()
 
+and behind the table, of several devices (see `together`) and of one:
+
+(e) 16 devices together against one alone
+(f) one device alone, (c), against generate(), (d), in tokens/s
+(g) 15 devices beside the prefill of another's long prompt, against the same without it
+
 The columns take turns, round after round; a ratio is the median of the rounds' own ratios.
 """
 
@@ -25,6 +31,7 @@ from typing import Any
 import torch
 from websockets.sync.client import connect
 
+from benchmarks import together
 from benchmarks.full_cloud import PlainEngine, plain_engine, row_of
 from benchmarks.plain import RESULTS, machine
 from benchmarks.process import listening, run
@@ -83,11 +90,13 @@ def measure(out: Path, dtype: str, rounds: int, tokens: int) -> dict[str, Any]:
             for step in STEPS:
                 work[step].append(stip.counters.work_ns.get(step, 0) / 1e6 / tokens)
         traffic = stip.traffic()
+        several = together.measure(out / "device", url, rounds, tokens)
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratios = {
         f"{one}/{other}": statistics.median(x / y for x, y in zip(times[one], times[other], strict=True))
         for one, other in (("c", "b"), ("a", "d"), ("c", "d"))
     }
+    against_generate = statistics.median(d / c for c, d in zip(times["c"], times["d"], strict=True))
     steps = {step: statistics.median(values) for step, values in work.items()}
     return {
         "machine": machine(),
@@ -100,6 +109,7 @@ def measure(out: Path, dtype: str, rounds: int, tokens: int) -> dict[str, Any]:
         "ratios": ratios,
         "device_ms_per_token": steps | {"total": sum(steps.values())},
         **traffic,
+        "devices": several | {"one_alone_to_generate": against_generate},
         "export_seconds": exported.seconds,
         "export_peak_bytes": exported.peak_bytes,
     }
@@ -215,6 +225,7 @@ def show(figures: dict[str, Any]) -> None:
         f"{figures['prompt_bytes_down']} B down"
     )
     print(f"export    {figures['export_seconds']:.1f} s, peak {figures['export_peak_bytes'] / 2**20:.0f} MiB")
+    together.show(figures["devices"], figures["devices"]["one_alone_to_generate"])
 
 
 if __name__ == "__main__":

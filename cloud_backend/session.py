@@ -125,6 +125,8 @@ class Session:
 
     def receive(self, frame: bytes) -> None:
         """Takes one binary frame of the device's."""
+        if self.closing is not None:
+            return  # it was on its way before the connection ended
         try:
             message = decode(frame)
         except WireError as error:

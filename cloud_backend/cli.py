@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Entry point of the `stip-cloud` command."""
+    run(command_line())
+
+
+def command_line() -> argparse.ArgumentParser:
+    """What `stip-cloud` takes."""
     parser = argparse.ArgumentParser(prog="stip-cloud", description="The cloud: stock models on transformed weights.")
     common = [debug_option()]
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -33,7 +38,7 @@ def main() -> None:
     token.add_argument("--token-file", type=Path, default=Path("tokens.txt"), metavar="F")
     token.add_argument("--name", default="device", help="whose token it is (default: %(default)s)")
     token.set_defaults(command=_token)
-    run(parser)
+    return parser
 
 
 def _add_serve(serve: argparse.ArgumentParser) -> None:

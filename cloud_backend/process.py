@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +26,7 @@ from shared.manifest import CloudManifest
 
 log = logging.getLogger("stip.cloud")
 CLOSING_SECONDS = 6.0  # beyond the drain, for closing handshakes and the step that runs
+FILES_BESIDE = 256  # sockets that open nothing, weights, libraries
 Load = Callable[[], tuple[CloudManifest, Engine]]
 
 
@@ -86,14 +88,15 @@ async def serve_until_stopped(
 
     threads: of torch; None: as many as torch takes.
     """
+    _allow_files(server.max_sessions)
     stop = _Stop(drain_seconds)
     tls = None if at.certificate is None else at.certificate.context
     server.health.loading = True
     listening = server.listening(at.host, at.port, tls=tls, origins=at.origins, metrics_at=at.metrics_at)
     async with AsyncExitStack() as ending:
         ending.callback(stop.done)
-        listener = await ending.enter_async_context(listening)
         stop.listen()
+        listener = await ending.enter_async_context(listening)
         if at.certificate is not None:
             await ending.enter_async_context(running("certificate", at.certificate.keep_fresh()))
         if threads is not None:
@@ -104,6 +107,17 @@ async def serve_until_stopped(
         log.info("listening on %s", url("wss" if tls else "ws", at.host, listener))
         await stop.told.wait()
         await server.drain(drain_seconds)
+
+
+def _allow_files(sessions: int) -> None:
+    """Lets the process hold a socket for each session: many systems allow 1,024 files unless asked for more."""
+    wanted = sessions + FILES_BESIDE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < wanted:
+        log.warning("open files: the system allows %d, %d sessions want %d (ulimit -Hn)", most, sessions, wanted)
 
 
 async def _loaded(scheduler: Scheduler, load: Load) -> Context:

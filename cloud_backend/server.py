@@ -54,6 +54,11 @@ class CloudServer:
         self.metrics = self._measured()
         self.add(contexts)
 
+    @property
+    def max_sessions(self) -> int:
+        """Sessions that it takes at a time."""
+        return self._limits.max_sessions
+
     def add(self, contexts: Iterable[Context]) -> None:
         """Serves these contexts too."""
         added = {(context.served_name, context.key_id): context for context in contexts}

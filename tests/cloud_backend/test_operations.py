@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from websockets.exceptions import InvalidStatus
 
 from cloud_backend.limits import Limits
 from cloud_backend.opening import open_context
-from cloud_backend.process import Listening, serve_until_stopped
+from cloud_backend.process import Listening, _allow_files, serve_until_stopped
 from cloud_backend.scheduler import Scheduler
 from cloud_backend.server import CloudServer
 from cloud_backend.tokens import add_token
@@ -110,9 +113,11 @@ def test_two_host_headers_are_refused(cloud: RunningCloud) -> None:
 def test_a_server_that_loads_listens_says_so_and_lets_nobody_in(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "stip.cloud")
     go, port, scheduler = threading.Event(), free_port(), Scheduler()
+    threads: list[int] = []
     url = f"ws://127.0.0.1:{port}"
 
     def load() -> Any:
+        threads.append(torch.get_num_threads())
         go.wait(PATIENCE)
         return open_context(tiny / "cloud", device="cpu")
 
@@ -133,7 +138,7 @@ def test_a_server_that_loads_listens_says_so_and_lets_nobody_in(tiny: Path, capl
     async def live() -> None:
         server = CloudServer([], Limits(), None, scheduler)
         at = Listening("127.0.0.1", port)
-        serving = asyncio.create_task(serve_until_stopped(server, scheduler, [load], at, threads=1, drain_seconds=5))
+        serving = asyncio.create_task(serve_until_stopped(server, scheduler, [load], at, threads=2, drain_seconds=5))
         knocking = asyncio.create_task(asyncio.to_thread(knock))
         await asyncio.wait([serving, knocking], return_when=asyncio.FIRST_COMPLETED)
         go.set()
@@ -141,6 +146,41 @@ def test_a_server_that_loads_listens_says_so_and_lets_nobody_in(tiny: Path, capl
         await serving
 
     asyncio.run(live())
+    torch.set_num_threads(1)  # it is of the whole process, where a thread has not its own
+    assert threads == [2]
+
+
+def test_sigterm_ends_a_process_that_still_loads(tiny: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "cloud_backend", "serve", str(tiny / "cloud"), "--port", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert eventually(lambda: listens(port), 60)
+        process.terminate()
+        _, log = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0 and log.splitlines()[-1] == "stip-cloud: stopping"
+    assert "listening" not in log
+
+
+@pytest.fixture
+def few_files() -> Iterator[int]:
+    """This process may hold 256 files unless it asks for more; gives the most that it may ask for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    yield hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_server_may_hold_a_file_for_each_session(few_files: int) -> None:
+    _allow_files(512)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 768
+
+
+def test_a_server_that_may_not_hold_a_file_for_each_session_says_so(
+    few_files: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    _allow_files(few_files)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == few_files
+    assert f"the system allows {few_files}, {few_files} sessions want {few_files + 256}" in caplog.text
 
 
 def listens(port: int) -> bool:

@@ -109,14 +109,13 @@ class Turns:
     def next_step(self, jobs: list[Job]) -> list[tuple[Job, Work]]:
         """Jobs for the next step, each with its piece, for which memory is taken. Ends those that were evicted."""
         jobs = sorted(jobs, key=lambda job: self._served.get(job.cache, -1))  # stable: first come, first served
-        for job in jobs:
-            if job.lost():
-                job.end(RequestError("out_of_step", "the KV cache was given to others meanwhile"))
-        jobs = [job for job in jobs if not job.done.done()]
+        jobs = [job for job in jobs if not _ended_as_lost(job)]
         pending = {job.cache for job in jobs}
         self._admission.still(pending)
         step: dict[KVCache, tuple[Job, Work]] = {}
         for job, most in self._shares(jobs):
+            if _ended_as_lost(job):  # evicted just now, for another of this step
+                continue
             # The same session twice: another connection has taken it over.
             if len(step) < LARGEST_BATCH and job.cache not in step:
                 piece = job.piece(most)
@@ -163,3 +162,10 @@ class Turns:
         self._admission.forget(cache)
         self._served.pop(cache, None)
         self._decoded.pop(cache, None)
+
+
+def _ended_as_lost(job: Job) -> bool:
+    """Ends a job that can no longer be done as its cache was evicted."""
+    if lost := job.lost():
+        job.end(RequestError("out_of_step", "the KV cache was given to others meanwhile"))
+    return lost

@@ -46,6 +46,7 @@ class Job:
     done: asyncio.Future[Timed]
     dropped: Callable[[], bool]
     sent: int = 0
+    turn: int | None = None  # the step that it was last in, or after which it came
     begun: float | None = None
     compute: float = 0.0
 
@@ -103,12 +104,14 @@ class Turns:
         self._engine = engine
         self._admission = Admission(engine, evicted)
         self._steps = 0
-        self._served: dict[KVCache, int] = {}  # the step that a session was last in
         self._decoded: dict[KVCache, float] = {}  # when a session last got a result
 
     def next_step(self, jobs: list[Job]) -> list[tuple[Job, Work]]:
         """Jobs for the next step, each with its piece, for which memory is taken. Ends those that were evicted."""
-        jobs = sorted(jobs, key=lambda job: self._served.get(job.cache, -1))  # stable: first come, first served
+        # Who comes does not go before those who wait already. Stable: first come, first served.
+        for job in jobs:
+            job.turn = self._steps if job.turn is None else job.turn
+        jobs = sorted(jobs, key=lambda job: job.turn or 0)
         jobs = [job for job in jobs if not _ended_as_lost(job)]
         pending = {job.cache for job in jobs}
         self._admission.still(pending)
@@ -151,7 +154,7 @@ class Turns:
 
     def served(self, job: Job, *, answered: bool) -> None:
         """Notes that a session was in the step that has just ended."""
-        self._served[job.cache] = self._steps
+        job.turn = self._steps
         self._admission.used(job.cache)
         if answered:
             self._decoded.pop(job.cache, None)
@@ -160,7 +163,6 @@ class Turns:
     def forget(self, cache: KVCache) -> None:
         """The session has ended."""
         self._admission.forget(cache)
-        self._served.pop(cache, None)
         self._decoded.pop(cache, None)
 
 

@@ -182,9 +182,11 @@ def test_among_equals_who_came_first_is_first(line: Line) -> None:
 
 
 def test_who_was_served_longest_ago_is_first(line: Line) -> None:
-    sessions = [decoding(line) for _ in range(3)]  # one step each
-    jobs = [line.submit(append(cache, 1)) for cache in (sessions[2], sessions[0], sessions[1])]
-    assert [job for job, _ in line.plan()] == [jobs[1], jobs[2], jobs[0]]
+    decoding(line)
+    jobs = prompts(line, *[100] * 20)
+    step = line.step()
+    line.submit(append(line.engine.new_cache(), 1))  # comes later, so it is behind those who waited
+    assert [job for job, _ in line.plan()] == [*(job for job in jobs if job not in step), line.jobs[-1]]
 
 
 def test_two_requests_of_one_session_are_not_in_one_step(line: Line) -> None:
@@ -192,13 +194,6 @@ def test_two_requests_of_one_session_are_not_in_one_step(line: Line) -> None:
     first, second = line.submit(append(cache, 2)), line.submit(append(cache, 2, keep=0))
     assert list(line.step()) == [first]
     assert list(line.step()) == [second]
-
-
-def test_a_session_that_was_forgotten_is_new(line: Line) -> None:
-    gone, stays = decoding(line), decoding(line)
-    line.turns.forget(stays)
-    jobs = [line.submit(append(gone, 1)), line.submit(append(stays, 1))]
-    assert [job for job, _ in line.plan()] == jobs[::-1]
 
 
 # --- what was evicted meanwhile ---
@@ -235,8 +230,8 @@ def test_a_session_that_is_evicted_for_another_of_the_same_step_is_not_in_it(
     # There is room for what it asks for, but it would read positions that are lost: what others left there.
     line = Line(JobEngine(pages=6))
     caches = [filled(line, pages * PAGE - 5) for pages in held]
-    jobs = [line.submit(append(cache, 1, keep=keep)) for cache in caches]
     newcomer = line.submit(append(line.engine.new_cache(), needed * PAGE))
+    jobs = [line.submit(append(cache, 1, keep=keep)) for cache in caches]
     monkeypatch.setattr("cloud_backend.turns.DECODING_SECONDS", 0.0)  # all of the newcomer's prompt in one step
     monkeypatch.setattr("cloud_backend.admission.PATIENCE_SECONDS", -1.0)  # nobody is spared
     step = dict(line.plan())

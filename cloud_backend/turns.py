@@ -115,6 +115,12 @@ class Turns:
         jobs = [job for job in jobs if not _ended_as_lost(job)]
         pending = {job.cache for job in jobs}
         self._admission.still(pending)
+        step = self._step(jobs, pending) or self._step(jobs, pending, alone=True)
+        self._steps += bool(step)
+        return list(step.values())
+
+    def _step(self, jobs: list[Job], pending: set[KVCache], *, alone: bool = False) -> dict[KVCache, tuple[Job, Work]]:
+        """Those that get memory now. alone: it is known that none does unless another gives some back."""
         step: dict[KVCache, tuple[Job, Work]] = {}
         for job, most in self._shares(jobs):
             if _ended_as_lost(job):  # evicted just now, for another of this step
@@ -122,10 +128,9 @@ class Turns:
             # The same session twice: another connection has taken it over.
             if len(step) < LARGEST_BATCH and job.cache not in step:
                 piece = job.piece(most)
-                if self._admission.admit(piece, step, pending):
+                if self._admission.admit(piece, step, pending, alone=alone):
                     step[job.cache] = (job, piece)
-        self._steps += bool(step)
-        return list(step.values())
+        return step
 
     def _shares(self, jobs: list[Job]) -> Iterable[tuple[Job, int]]:
         """Jobs in their order, each with the embeddings that a step may take of it."""

@@ -15,7 +15,7 @@ from cloud_backend.kv_cache import KVCache
 
 IDLE_SECONDS = 1.0  # after which memory may be taken from a session of which nothing waits
 PATIENCE_SECONDS = 2.0  # that a request waits for memory before sessions in the middle of their answers make room
-STUCK_SECONDS = 0.1  # the same where nothing else can run meanwhile
+STUCK_SECONDS = 0.1  # the same where all wait for memory that the others hold
 
 
 class Admission:
@@ -28,10 +28,13 @@ class Admission:
         self._since: dict[KVCache, float] = {}  # when it was let in
         self._blocked: dict[KVCache, float] = {}  # since when its request waits for memory
 
-    def admit(self, work: Work, running: Collection[KVCache], pending: Collection[KVCache]) -> bool:
+    def admit(
+        self, work: Work, running: Collection[KVCache], pending: Collection[KVCache], *, alone: bool = False
+    ) -> bool:
         """Takes the memory that `work` needs, from others if need be. False: not now.
 
         running: caches of the step that is being put together. pending: those that have requests waiting.
+        alone: none of those can run.
         """
         if self._engine.pool is None:
             return True
@@ -42,7 +45,8 @@ class Admission:
             return False
         if not work.reserve():
             blocked = now - self._blocked.setdefault(cache, now)
-            stuck = not running and blocked > STUCK_SECONDS
+            # Sessions between two requests come back, or are idle soon.
+            stuck = alone and not running and blocked > STUCK_SECONDS and all(one in pending for one in self._used)
             spared = {cache, *running}
             for victim in self._victims(now, pending, starving=blocked > PATIENCE_SECONDS, stuck=stuck):
                 if victim in spared or not victim.held:
@@ -65,7 +69,6 @@ class Admission:
         if starving:  # whoever had its time, the first first
             yield from [one for one, since in self._since.items() if now - since > PATIENCE_SECONDS]
         if stuck:  # whoever came last, so that the first come to an end
-            yield from [one for one in self._used if one not in pending]
             yield from sorted(self._since, key=self._since.__getitem__, reverse=True)
 
     def still(self, pending: Collection[KVCache]) -> None:

@@ -46,6 +46,7 @@ class Job:
     done: asyncio.Future[Timed]
     dropped: Callable[[], bool]
     sent: int = 0
+    turn: int | None = None  # the step that it was last in, or after which it came
     begun: float | None = None
     compute: float = 0.0
 
@@ -103,27 +104,33 @@ class Turns:
         self._engine = engine
         self._admission = Admission(engine, evicted)
         self._steps = 0
-        self._served: dict[KVCache, int] = {}  # the step that a session was last in
         self._decoded: dict[KVCache, float] = {}  # when a session last got a result
 
     def next_step(self, jobs: list[Job]) -> list[tuple[Job, Work]]:
         """Jobs for the next step, each with its piece, for which memory is taken. Ends those that were evicted."""
-        jobs = sorted(jobs, key=lambda job: self._served.get(job.cache, -1))  # stable: first come, first served
+        # Who comes does not go before those who wait already. Stable: first come, first served.
         for job in jobs:
-            if job.lost():
-                job.end(RequestError("out_of_step", "the KV cache was given to others meanwhile"))
-        jobs = [job for job in jobs if not job.done.done()]
+            job.turn = self._steps if job.turn is None else job.turn
+        jobs = sorted(jobs, key=lambda job: job.turn or 0)
+        jobs = [job for job in jobs if not _ended_as_lost(job)]
         pending = {job.cache for job in jobs}
         self._admission.still(pending)
+        step = self._step(jobs, pending) or self._step(jobs, pending, alone=True)
+        self._steps += bool(step)
+        return list(step.values())
+
+    def _step(self, jobs: list[Job], pending: set[KVCache], *, alone: bool = False) -> dict[KVCache, tuple[Job, Work]]:
+        """Those that get memory now. alone: it is known that none does unless another gives some back."""
         step: dict[KVCache, tuple[Job, Work]] = {}
         for job, most in self._shares(jobs):
+            if _ended_as_lost(job):  # evicted just now, for another of this step
+                continue
             # The same session twice: another connection has taken it over.
             if len(step) < LARGEST_BATCH and job.cache not in step:
                 piece = job.piece(most)
-                if self._admission.admit(piece, step, pending):
+                if self._admission.admit(piece, step, pending, alone=alone):
                     step[job.cache] = (job, piece)
-        self._steps += bool(step)
-        return list(step.values())
+        return step
 
     def _shares(self, jobs: list[Job]) -> Iterable[tuple[Job, int]]:
         """Jobs in their order, each with the embeddings that a step may take of it."""
@@ -152,7 +159,7 @@ class Turns:
 
     def served(self, job: Job, *, answered: bool) -> None:
         """Notes that a session was in the step that has just ended."""
-        self._served[job.cache] = self._steps
+        job.turn = self._steps
         self._admission.used(job.cache)
         if answered:
             self._decoded.pop(job.cache, None)
@@ -161,5 +168,11 @@ class Turns:
     def forget(self, cache: KVCache) -> None:
         """The session has ended."""
         self._admission.forget(cache)
-        self._served.pop(cache, None)
         self._decoded.pop(cache, None)
+
+
+def _ended_as_lost(job: Job) -> bool:
+    """Ends a job that can no longer be done as its cache was evicted."""
+    if lost := job.lost():
+        job.end(RequestError("out_of_step", "the KV cache was given to others meanwhile"))
+    return lost

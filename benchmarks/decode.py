@@ -33,7 +33,7 @@ from websockets.sync.client import connect
 
 from benchmarks import together
 from benchmarks.full_cloud import PlainEngine, plain_engine, row_of
-from benchmarks.plain import RESULTS, machine
+from benchmarks.plain import DTYPES, RESULTS, machine, plain_model, smollm2_source
 from benchmarks.process import listening, run
 from device_app.assistant import Assistant
 from device_app.bundle import Bundle
@@ -69,7 +69,7 @@ def measure(out: Path, dtype: str, rounds: int, tokens: int) -> dict[str, Any]:
     bundle = Bundle.open(out / "device")
     assert bundle.template is not None
     prompt = bundle.tokenizer.encode(bundle.template.render([{"role": "user", "content": PROMPT}]))
-    engine = plain_engine(dtype)
+    engine, stock = plain_engine(dtype), plain_model(smollm2_source(), DTYPES[dtype])
     serve: list[str | Path] = [sys.executable, "-m", "cloud_backend", "serve", out / "cloud", "--port", "0"]
     serve_plain = [sys.executable, "-m", "benchmarks.full_cloud", dtype]
     with listening(serve, log="stderr") as url, listening(serve_plain) as port:
@@ -78,7 +78,7 @@ def measure(out: Path, dtype: str, rounds: int, tokens: int) -> dict[str, Any]:
             "a": lambda: in_process(engine, prompt, tokens),
             "b": lambda: full_cloud(port, prompt, tokens),
             "c": stip.run,
-            "d": lambda: generate(engine, prompt, tokens),
+            "d": lambda: generate(stock, prompt, tokens),
         }
         for column in columns.values():
             column()  # warm up
@@ -190,11 +190,11 @@ class _Clock:
         pass
 
 
-def generate(engine: PlainEngine, prompt: list[int], tokens: int) -> list[float]:
+def generate(model: Any, prompt: list[int], tokens: int) -> list[float]:
     """(d)"""
     clock = _Clock()
     ids = torch.tensor([prompt])
-    engine._model.generate(
+    model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=tokens,

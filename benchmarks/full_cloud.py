@@ -42,7 +42,7 @@ class PlainEngine(DecoderEngine):
 
     def work(self, cache: KVCache, ids: Sequence[int]) -> AppendWork:
         """What appends `ids` and asks for the row of the last one."""
-        return AppendWork(cache, cache.length, np.array(ids)[:, None], 1, "logits", TOP_K, 1.0, self.dtype)
+        return AppendWork(cache, cache.length, np.array(ids, np.int64)[:, None], 1, "logits", TOP_K, 1.0, self.dtype)
 
 
 def plain_engine(dtype: str) -> PlainEngine:

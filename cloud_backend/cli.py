@@ -51,7 +51,7 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
         type=_seconds,
         default=10.0,
         metavar="S",
-        help="for requests to be answered after SIGTERM (default: %(default)g)",
+        help="from SIGTERM to the end, at most, while requests are answered (default: %(default)g)",
     )
     serve.set_defaults(command=_serve)
 

@@ -31,7 +31,7 @@ class Pages:
         """The answer, or None for a handshake that may go on."""
         if (refused := self._refused(request)) is not None:
             return connection.respond(HTTPStatus.FORBIDDEN, refused)
-        if self.devices and "Upgrade" in request.headers:
+        if self.devices and "websocket" in " ".join(request.headers.get_all("Upgrade")).lower():
             closed = self.health.closed()
             return None if closed is None else _unavailable(connection, closed)
         if getattr(request, "method", "GET") != "GET":  # older websockets take nothing else

@@ -25,7 +25,7 @@ from cloud_backend.warm_up import warm_up
 from shared.manifest import CloudManifest
 
 log = logging.getLogger("stip.cloud")
-CLOSING_SECONDS = 6.0  # beyond the drain, for closing handshakes and the step that runs
+FAREWELL_SECONDS = 5.0  # of the drain, for devices to be told and the step that runs to end; at most half of it
 FILES_BESIDE = 256  # sockets that open nothing, weights, libraries
 Load = Callable[[], tuple[CloudManifest, Engine]]
 
@@ -62,7 +62,7 @@ class _Stop:
             os._exit(0)
         self.told.set()
         # A step that is stuck would keep the process: its thread cannot be interrupted either.
-        self.last_resort = threading.Timer(self.drain_seconds + CLOSING_SECONDS, os._exit, [0])
+        self.last_resort = threading.Timer(self.drain_seconds, os._exit, [0])
         self.last_resort.daemon = True
         self.last_resort.start()
 
@@ -83,8 +83,9 @@ async def serve_until_stopped(
 ) -> None:
     """Listens, loads every model in the scheduler's thread, tries each out, and serves until SIGTERM or SIGINT.
 
-    Then every request that was received is answered, within drain_seconds, and every session is closed. A second
-    signal ends the process at once. Raises StipError where it cannot listen, or a model cannot be loaded.
+    Then every request that was received is answered, every session is closed, and it returns; what is not done within
+    drain_seconds is left. A second signal ends the process at once. Raises StipError where it cannot listen, or a
+    model cannot be loaded.
 
     threads: of torch; None: as many as torch takes.
     """
@@ -106,7 +107,7 @@ async def serve_until_stopped(
         server.health.loading = stop.loading = False
         log.info("listening on %s", url("wss" if tls else "ws", at.host, listener))
         await stop.told.wait()
-        await server.drain(drain_seconds)
+        await server.drain(max(drain_seconds - FAREWELL_SECONDS, drain_seconds / 2))
 
 
 def _allow_files(sessions: int) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cloud_backend.engine import Engine
 from cloud_backend.kv_cache import KVCache
@@ -19,7 +19,7 @@ from cloud_backend.kv_cache import KVCache
 class Lease:
     """One session's hold on KV memory."""
 
-    secret: str
+    secret: str = field(repr=False)
     bound_to: tuple[str, str, str]  # served name, key id, and whose token opened it
     engine: Engine
     cache: KVCache

@@ -39,6 +39,8 @@ class Scheduler:
         self.step_began: float | None = None  # perf_counter() at the start of the step that runs now
         self._jobs: list[Job] = []
         self._turns: dict[Engine, Turns] = {}  # whose turn it is comes first
+        self._stepping: set[KVCache] = set()  # whose step runs
+        self._ended: set[KVCache] = set()  # those of them whose session ended meanwhile
         self._returning: set[KVCache] = set()  # who was answered in the last step
         self._return_until = 0.0
         self._wake = asyncio.Event()
@@ -66,11 +68,14 @@ class Scheduler:
         return await job.done
 
     def release(self, engine: Engine, cache: KVCache) -> None:
-        """A session has ended: its memory is free for others."""
+        """A session has ended: its memory is free for others, once no step writes to it any more."""
         self._returning.discard(cache)
         if engine in self._turns:
             self._turns[engine].forget(cache)
-        cache.clear()
+        if cache in self._stepping:
+            self._ended.add(cache)
+        else:
+            cache.clear()
 
     async def run(self) -> None:
         """Serves jobs until cancelled; the step that is running then still ends."""
@@ -86,6 +91,7 @@ class Scheduler:
                 for job, _ in step:
                     job.begun = job.begun or started
                 engine = step[0][0].engine
+                self._stepping = {job.cache for job, _ in step}
                 outcomes = await loop.run_in_executor(self._thread, _run, engine, [piece for _, piece in step])
                 self.step_began = None
                 self._finish(engine, step, outcomes, time.perf_counter() - started)
@@ -126,7 +132,9 @@ class Scheduler:
         self._jobs = [job for job in self._jobs if not job.done.done()]
 
     def _finish(self, engine: Engine, step: list[tuple[Job, Work]], outcomes: list[Outcome], seconds: float) -> None:
-        self._returning = set()
+        for cache in self._ended:
+            cache.clear()
+        self._stepping, self._ended, self._returning = set(), set(), set()
         for (job, piece), outcome in zip(step, outcomes, strict=True):
             job.compute += seconds
             if not job.done.done():  # else its connection went away meanwhile

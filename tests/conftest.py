@@ -128,11 +128,12 @@ def run_cloud(
     tokens: Tokens | None = None,
     dtype: str = "auto",
     tls: ssl.SSLContext | None = None,
+    kv_bytes: int | None = None,
 ) -> Iterator[RunningCloud]:
     """A real server on a free loopback port, with its own event loop in a thread; exports are OUT folders."""
     contexts = []
     for export in exports:
-        manifest, engine = open_context(export / "cloud", dtype=dtype, device="cpu")
+        manifest, engine = open_context(export / "cloud", dtype=dtype, device="cpu", kv_bytes=kv_bytes)
         contexts.append(Context(manifest.served_name, manifest.key_id, engine))
     server = CloudServer(contexts, limits or Limits(), tokens)
     ready = threading.Event()

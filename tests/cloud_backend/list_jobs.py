@@ -37,9 +37,8 @@ class JobEngine:
     def run(self, batch: Sequence[Work]) -> list[Outcome]:
         for work in batch:
             if isinstance(work, AppendWork):
-                assert work.keep <= work.cache.length, "it would build on positions that are not there"
-                assert work.cache.pages is None or work.reserve()
                 work.cache.cut(work.keep)
+                assert work.reserve()
                 work.cache.length = work.end
         return [rows(work) for work in batch]
 
@@ -89,6 +88,8 @@ class Line:
     def step(self) -> dict[Job, Work]:
         """Runs the next step as the scheduler does: what each job had in it."""
         step = self.plan()
+        for job, piece in step:
+            assert not isinstance(piece, AppendWork) or piece.keep <= job.cache.length, "it would build on nothing"
         self.engine.run([piece for _, piece in step])
         for job, piece in step:
             job.begun = job.begun or time.perf_counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import urllib.request
 from collections.abc import Callable
@@ -27,7 +26,7 @@ def held_by(pid: int) -> Held:
     status = dict(line.split(":", 1) for line in lines)
     return Held(
         threads=int(status["Threads"]),
-        descriptors=len(os.listdir(f"/proc/{pid}/fd")),
+        descriptors=len(list(Path(f"/proc/{pid}/fd").iterdir())),
         memory=int(status["RssAnon"].split()[0]) * 1024,
     )
 

@@ -16,7 +16,7 @@ from device_app.bundle import Bundle
 from device_app.connection import Address
 from tests.conftest import run_cloud_process
 
-WORDS = "the cat sat on the mat, and the dog sang in the rain; then all of them went home together".split()
+TEXT = "the cat sat on the mat, and the dog sang in the rain; then all of them went home together"
 LONGEST_RUN = 120.0  # seconds; longer is a hang
 
 
@@ -36,7 +36,7 @@ def random_talks(
     talks = []
     for _ in range(count):
         prompts = [
-            " ".join(chance.choices(WORDS, k=chance.choice((1, 3, words // 4, words)))) for _ in range(questions)
+            " ".join(chance.choices(TEXT.split(), k=chance.choice((1, 3, words // 4, words)))) for _ in range(questions)
         ]
         lengths = [chance.randint(5, tokens) for _ in range(questions)]
         pauses = [chance.uniform(0, seconds) for _ in range(questions)]

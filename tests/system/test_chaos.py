@@ -8,9 +8,10 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ SERVE = (
     *("--grace-seconds", str(GRACE_SECONDS)),
     *("--max-frame", "8192", "--window", "32768"),  # long prompts take several frames
 )
-WORDS = "the cat sat on the mat, and the dog sang in the rain; then all of them went home together".split()
+TEXT = "the cat sat on the mat, and the dog sang in the rain; then all of them went home together"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def questions() -> list[Question]:
     chance = random.Random(SEED)
     made = []
     for number in range(12):
-        prompt = " ".join(chance.choices(WORDS, k=chance.choice((1, 5, 20, 80))))
+        prompt = " ".join(chance.choices(TEXT.split(), k=chance.choice((1, 5, 20, 80))))
         drawn = Sampling(temperature=0.9, top_p=0.95, seed=number)
         made.append(Question(prompt, drawn if number % 3 == 0 else Sampling(), chance.randint(10, 40)))
     return made
@@ -213,7 +214,7 @@ def longest_hang(device: Device, ready: list[float]) -> float:
 
 def given_back(url: str) -> bool:
     """Whether the server holds nothing for anyone."""
-    names = ("stip_sessions", "stip_sessions_held", "stip_kv_bytes_used", "stip_requests_waiting")
+    names = ("stip_sessions_open", "stip_sessions_held", "stip_kv_used_bytes", "stip_requests_waiting")
     return all(metric(url, name) == 0 for name in names)
 
 
@@ -254,8 +255,8 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
             device.start()
         deadline = started + LONGEST_RUN
         for kill in range(1, KILLS + 1):
-            enough = DEVICES * FAULTS * kill // (KILLS + 1)
-            assert eventually(lambda: _struck(devices, enough), deadline - time.monotonic()), all_happened(devices)
+            enough = partial(_struck, devices, DEVICES * FAULTS * kill // (KILLS + 1))
+            assert eventually(enough, deadline - time.monotonic()), all_happened(devices)
             cloud.kill_and_restart()
         for device in devices:
             device.wait(deadline)
@@ -265,7 +266,7 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         for device in devices:
             device.line.cut()
         lines.close()
-        eventually(lambda: metric(cloud.url, "stip_sessions") == 0, 10)
+        eventually(lambda: metric(cloud.url, "stip_sessions_open") == 0, 10)
         held_while_lost = metric(cloud.url, "stip_sessions_held")
         emptied = eventually(lambda: given_back(cloud.url), GRACE_SECONDS + 5)
         eventually(lambda: held_by(cloud.pid).descriptors <= before.descriptors, 5)

@@ -1,6 +1,6 @@
 """Clients that mean harm, as a program of their own: python -m tests.cloud_backend.hostile KIND URL
 
-The Open to begin with comes from stdin, as the bytes of its frame. Each kind writes a line once it attacks, and goes on
+The Open to begin with comes from stdin, as the bytes of its frame. Writes a line once all of it attacks, and goes on
 until it is killed. It imports little, so that it starts at once.
 """
 
@@ -10,7 +10,6 @@ import os
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from urllib.parse import urlsplit
@@ -25,6 +24,7 @@ from shared import wire
 SESSIONS = 4  # of the kinds that do not try to have as many as they can
 ADDRESS = "127.0.0.2"  # all of loopback is this machine's; the honest come from 127.0.0.1
 Attack = Callable[[str, bytes], None]  # on a URL, with the frame of an Open; it never ends
+begun = threading.Semaphore(0)  # released by each attack once it does harm
 
 
 def dial(url: str, *, narrow: bool = False) -> ClientConnection:
@@ -58,10 +58,6 @@ def opened(url: str, opening: bytes, *, narrow: bool = False) -> tuple[ClientCon
     return connection, reply
 
 
-def attacking() -> None:
-    print("attacking", flush=True)
-
-
 def append(seq: int, opened: wire.Opened, count: int, **fields: int) -> bytes:
     """A frame of an Append of `count` embeddings."""
     embeddings = np.ones((count, opened.hidden_size), np.float32)
@@ -74,7 +70,7 @@ def deaf(url: str, opening: bytes) -> None:
     for seq in range(10**9):
         connection.send(append(seq, limits, 8, rows=8, top_k=0))
         if seq == 50:
-            attacking()
+            begun.release()
 
 
 def beyond_the_window(url: str, opening: bytes) -> None:
@@ -84,7 +80,7 @@ def beyond_the_window(url: str, opening: bytes) -> None:
     for seq in range(10**9):
         connection.send(append(seq, limits, 60))
         if seq == 50:
-            attacking()
+            begun.release()
 
 
 def large_frames(url: str, opening: bytes) -> None:
@@ -95,7 +91,7 @@ def large_frames(url: str, opening: bytes) -> None:
     for seq in range(10**9):
         connection.send(append(seq, limits, count))
         if seq == 2:
-            attacking()
+            begun.release()
 
 
 def unfinished_frames(url: str, opening: bytes) -> None:
@@ -126,7 +122,7 @@ def garbage(url: str, opening: bytes) -> None:
                     connection.send(os.urandom(5000))
                     connection.recv(10)
         if number == 10:
-            attacking()
+            begun.release()
 
 
 def endless_sessions(url: str, opening: bytes) -> None:
@@ -145,7 +141,7 @@ def _keep_every_one(another: Callable[[], ClientConnection]) -> None:
         with suppress(OSError, WebSocketException):
             kept.append(another())
         if number == 100:
-            attacking()
+            begun.release()
 
 
 def _drain(connection: ClientConnection) -> None:
@@ -174,8 +170,10 @@ def main() -> None:
     opening = sys.stdin.buffer.read()
     for _ in range(count):
         threading.Thread(target=attack, args=(sys.argv[2], opening), daemon=True).start()
-    while True:
-        time.sleep(60)
+    for _ in range(count):
+        begun.acquire()
+    print("attacking", flush=True)
+    threading.Event().wait()  # until it is killed
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import threading
 import time
 from collections import Counter
@@ -21,10 +19,9 @@ from device_app.assistant import Answer, Assistant
 from device_app.bundle import Bundle
 from device_app.connection import Address
 from shared.wire import Cancel, Error, Logits, Opened, decode
-from tests.conftest import run_cloud_process
 from tests.processes import Held, eventually, held_by, metric
 from tests.system.line import Line, random_faults
-from tests.system.watched_cloud import TASKS
+from tests.system.mortal_cloud import MortalCloud
 
 SEED = 5
 DEVICES = 12
@@ -76,50 +73,6 @@ def questions() -> list[Question]:
         drawn = Sampling(temperature=0.9, top_p=0.95, seed=number)
         made.append(Question(prompt, drawn if number % 3 == 0 else Sampling(), chance.randint(10, 40)))
     return made
-
-
-class Cloud:
-    """`stip-cloud serve` as a process that can be killed and comes back on the same port. A context manager."""
-
-    def __init__(self, export: Path, tasks: Path) -> None:
-        self.ready: list[float] = []  # when it was, each time
-        self.url = ""
-        self.port = 0
-        self.pid = 0
-        self._export = export
-        self._tasks = tasks  # the file in which the process says how many it has
-        self._running = ExitStack()
-
-    def __enter__(self) -> Cloud:
-        self._start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._running.close()
-
-    def _start(self) -> None:
-        process = run_cloud_process(
-            self._export / "cloud",
-            *SERVE,
-            port=self.port,
-            module="tests.system.watched_cloud",
-            environment={TASKS: str(self._tasks)},
-        )
-        self.url, running = self._running.enter_context(process)
-        self.port, self.pid = int(self.url.rpartition(":")[2]), running.pid
-        self.ready.append(time.monotonic())
-
-    def kill_and_restart(self) -> None:
-        """SIGKILL: it loses all that it held, and says nothing to anyone."""
-        self._running.close()
-        self._start()
-
-    def tasks(self) -> int:
-        """How many asyncio tasks it has."""
-        self._tasks.unlink(missing_ok=True)
-        os.kill(self.pid, signal.SIGUSR1)
-        assert eventually(self._tasks.exists, 10)
-        return int(self._tasks.read_text())
 
 
 class Device:
@@ -242,7 +195,8 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """All of it, once: any wrong or hanging answer fails here."""
     bundle = Bundle.open(tiny / "device")
     started = time.monotonic()
-    with Cloud(tiny, tmp_path_factory.mktemp("tasks") / "tasks") as cloud, ExitStack() as lines:
+    tasks = tmp_path_factory.mktemp("tasks") / "tasks"
+    with MortalCloud(tiny / "cloud", *SERVE, tasks=tasks) as cloud, ExitStack() as lines:
         with Assistant(bundle, Address(cloud.url)) as assistant:
             asked = [undisturbed(assistant, question) for question in questions()]
         assert eventually(lambda: given_back(cloud.url), GRACE_SECONDS + 5)

@@ -31,6 +31,16 @@ def held_by(pid: int) -> Held:
     )
 
 
+def at_rest(pid: int, seconds: float = 1.0) -> Held:
+    """The least that the process holds in that time: connections that were just closed take a moment to go."""
+    readings: list[Held] = []
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        readings.append(held_by(pid))
+        time.sleep(0.05)
+    return min(readings, key=lambda held: (held.descriptors, held.threads))
+
+
 def metric(url: str, name: str) -> float:
     """A figure of the server's at `url` (ws://…), summed over models and other labels. Raises KeyError for none."""
     page = urllib.request.urlopen(url.replace("ws", "http", 1) + "/metrics", timeout=20).read().decode()

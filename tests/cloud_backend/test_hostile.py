@@ -21,7 +21,7 @@ from shared import wire
 from tests.cloud_backend.device import PATIENCE, Device, decode_greedily, dial, open_of, table
 from tests.cloud_backend.hostile import ATTACKS
 from tests.conftest import run_cloud_process
-from tests.processes import Held, eventually, held_by, metric
+from tests.processes import Held, at_rest, eventually, held_by, metric
 
 MAX_FRAME, WINDOW, TOKEN_SESSIONS = 2**16, 2**18, 8
 TOKENS = 200  # in a row, for the median of their latency
@@ -93,7 +93,7 @@ def test_an_attack_costs_the_device_beside_it_neither_its_answer_nor_its_pace(gu
     with Device(guarded.url, guarded.honest) as device:
         undisturbed, quick = decode(device)
     assert eventually(lambda: metric(guarded.url, "stip_sessions_open") == 0, PATIENCE)
-    before = guarded.held()
+    before = at_rest(guarded.pid)
     memory: list[int] = []
     # Who comes in the middle of it is let in.
     with attacked(guarded, kind), Device(guarded.url, guarded.honest) as device:

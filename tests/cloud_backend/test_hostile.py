@@ -28,7 +28,7 @@ TOKENS = 200  # in a row, for the median of their latency
 SLOWER = 5.0  # times as long, at most, a token takes beside an attack
 MOST_ROUNDS = 3  # the machine is shared: another program that spoils one of them does not spoil all
 QUICKEST = 0.003  # seconds; below it the machine's own noise is all there is
-MOST_MEMORY = 48 * 2**20  # bytes more beside an attack, above what the interpreter takes at times
+MOST_MEMORY = 32 * 2**20  # bytes more beside an attack, above what the interpreter takes at times
 HUGE = 3e38  # finite in float32; its square is not
 
 

@@ -78,7 +78,7 @@ def beyond_the_window(url: str, opening: bytes) -> None:
     connection, limits = opened(url, opening)
     threading.Thread(target=_drain, args=(connection,), daemon=True).start()
     for seq in range(10**9):
-        connection.send(append(seq, limits, 60))
+        connection.send(append(seq, limits, limits.context - 1))
         if seq == 50:
             begun.release()
 

@@ -124,7 +124,7 @@ def test_an_attack_costs_the_device_beside_it_neither_its_answer_nor_its_pace(gu
         rounds.append(attacked_once(guarded, kind))
     for one in rounds:
         np.testing.assert_allclose(one.beside, one.alone, rtol=0, atol=1e-4)
-        assert one.memory < MOST_MEMORY
+        assert one.memory < MOST_MEMORY, f"{one.memory:,} bytes"
     assert rounds[-1].at_pace, [(one.quick, one.slow) for one in rounds]
     for name in ("stip_sessions_open", "stip_sessions_held", "stip_kv_used_bytes", "stip_requests_waiting"):
         assert eventually(lambda: metric(guarded.url, name) == 0, PATIENCE), name  # noqa: B023  # used at once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -18,7 +19,7 @@ class MortalCloud:
 
     def __init__(self, *arguments: str | Path, tasks: Path) -> None:
         """arguments: those of `serve`, but for the port. tasks: the file in which the process says how many it has."""
-        self.ready: list[float] = []  # when it was, each time
+        self.lives: list[tuple[float, float]] = []  # when it was ready and when it was killed, each time
         self.url = ""
         self.port = 0
         self.pid = 0
@@ -42,10 +43,11 @@ class MortalCloud:
         )
         self.url, running = self._running.enter_context(process)
         self.port, self.pid = int(self.url.rpartition(":")[2]), running.pid
-        self.ready.append(time.monotonic())
+        self.lives.append((time.monotonic(), math.inf))
 
     def kill_and_restart(self) -> None:
         """SIGKILL: it loses all that it held, and says nothing to anyone."""
+        self.lives[-1] = (self.lives[-1][0], time.monotonic())
         self._running.close()
         self._start()
 

@@ -135,6 +135,18 @@ def endless_connections(url: str, opening: bytes) -> None:
     _keep_every_one(lambda: dial(url))
 
 
+def come_and_go(url: str, opening: bytes) -> None:
+    """Fills session after session and cuts the line, so that the server keeps each one for a while."""
+    for number in range(10**9):
+        with suppress(OSError, WebSocketException):
+            connection, limits = opened(url, opening)
+            connection.send(append(1, limits, limits.context - 1))
+            connection.recv(10)
+            connection.socket.shutdown(socket.SHUT_RDWR)
+        if number == 10:
+            begun.release()
+
+
 def _keep_every_one(another: Callable[[], ClientConnection]) -> None:
     kept = []
     for number in range(10**9):
@@ -161,6 +173,7 @@ ATTACKS: dict[str, tuple[Attack, int]] = {
         (garbage, 2),
         (endless_sessions, 1),
         (endless_connections, 1),
+        (come_and_go, 1),
     )
 }
 

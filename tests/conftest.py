@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,10 +159,15 @@ def run_cloud(
 
 
 @contextmanager
-def run_cloud_process(*arguments: str | Path, port: int = 0) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`stip-cloud serve` as its own process; gives its URL and itself. Killed at the end if it still runs."""
-    command = [sys.executable, "-m", "cloud_backend", "serve", *map(str, arguments), "--port", str(port)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+def run_cloud_process(
+    *arguments: str | Path, port: int = 0, module: str = "cloud_backend", environment: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`stip-cloud serve` as its own process; gives its URL and itself. Killed at the end if it still runs.
+
+    environment: variables beside those of this process.
+    """
+    command = [sys.executable, "-m", module, "serve", *map(str, arguments), "--port", str(port)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | dict(environment or {}))
     try:
         assert process.stderr is not None
         for line in process.stderr:

@@ -229,7 +229,8 @@ class Session:
             request.message = message
             self._in_flight += size
         except (RequestError, WireError) as error:
-            request.error, request.size = error, 0
+            # Without its traceback, which would keep the frame that was refused.
+            request.error, request.size = error.with_traceback(None), 0
         self._pending.append(request)
 
     def _check(self, message: Append | Encode, size: int) -> None:

@@ -149,5 +149,5 @@ def test_who_lost_memory_to_others_is_counted_and_told() -> None:
         assert code(await scheduler.submit(engine, append(cache, 1, keep=3 * PAGE))) == "out_of_step"
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cloud_backend.admission.IDLE_SECONDS", 0.0)
+        patch.setattr("cloud_backend.eviction.IDLE_SECONDS", 0.0)
         drive(test, HeldEngine(pages=4))

@@ -39,11 +39,21 @@ def run(command: Sequence[str | Path]) -> Run:
 
 @contextmanager
 def listening(command: Sequence[str | Path], *, log: str = "stdout") -> Iterator[str]:
-    """Starts a server and gives the last word of the line of its `log` that says where it is listening."""
+    """Starts a server and gives the last word of the line of its `log` that says where it is listening.
+
+    Raises RuntimeError with what it said if it ends before.
+    """
     streams: dict[str, Any] = {log: subprocess.PIPE}
     process = subprocess.Popen(command, text=True, **streams)
     try:
-        yield next(line.split()[-1] for line in getattr(process, log) if "listening" in line)
+        said: list[str] = []
+        for line in getattr(process, log):
+            said.append(line)
+            if "listening" in line:
+                break
+        else:
+            raise RuntimeError(f"the server ended with status {process.wait()}:\n{''.join(said)}")
+        yield said[-1].split()[-1]
     finally:
         process.kill()
         process.wait()

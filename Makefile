@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PROMPT ?=
 
-.PHONY: demo test test-all lint bench bench-levels bench-audit bench-equivalence bench-export families clean
+.PHONY: demo test test-all lint bench bench-levels bench-audit bench-equivalence bench-export bench-gpu families clean
 
 # torch first and pinned: left to itself, pip may take a build with gigabytes of CUDA libraries.
 .venv/installed: pyproject.toml constraints.txt
@@ -49,6 +49,10 @@ bench-equivalence: .venv/installed
 # a random 1-billion-parameter checkpoint: peak memory of its export
 bench-export: .venv/installed
 	$(BIN)/python -m benchmarks.export_memory
+
+# LLaMA2-7B and GPT-2 shapes on an NVIDIA GPU; it needs a CUDA build of torch, 14 GB of disk and 48 GB on the card
+bench-gpu: .venv/installed
+	$(BIN)/python -m benchmarks.gpu
 
 # the paper's accuracy table: every family at real shapes against the stock model
 families: .venv/installed

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PROMPT ?=
 
-.PHONY: demo test test-all lint load bench bench-sessions bench-levels bench-audit bench-equivalence bench-export families clean
+.PHONY: demo test test-all lint load bench bench-sessions bench-levels bench-audit bench-equivalence bench-export bench-gpu families clean
 
 # torch first and pinned: left to itself, pip may take a build with gigabytes of CUDA libraries.
 .venv/installed: pyproject.toml constraints.txt
@@ -57,6 +57,10 @@ bench-equivalence: .venv/installed
 # a random 1-billion-parameter checkpoint: peak memory of its export
 bench-export: .venv/installed
 	$(BIN)/python -m benchmarks.export_memory
+
+# LLaMA2-7B and GPT-2 shapes on an NVIDIA card, beside the time to read the weights once
+bench-gpu: .venv/installed
+	$(BIN)/python -m benchmarks.gpu
 
 # the paper's accuracy table: every family at real shapes against the stock model
 families: .venv/installed

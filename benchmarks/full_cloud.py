@@ -20,6 +20,7 @@ from cloud_backend.decoder import DecoderEngine
 from cloud_backend.engine import AppendWork, LogitRows
 from cloud_backend.kv_cache import KVCache
 from cloud_backend.scheduler import Scheduler
+from cloud_backend.tensors import to_device
 from device_app.sampler import Row, Sampler, Sampling
 from shared.wire import Array
 
@@ -30,7 +31,7 @@ class PlainEngine(DecoderEngine):
     """The same engine fed plain weights and token ids, [n, 1] where embeddings would be."""
 
     def _tensor(self, embeddings: Sequence[Array]) -> torch.Tensor:
-        ids = torch.from_numpy(np.concatenate(embeddings)[:, 0])
+        ids = to_device(np.concatenate(embeddings)[:, 0], self._model.device)
         embedded: torch.Tensor = self._model.get_input_embeddings()(ids)
         return embedded
 

@@ -14,6 +14,7 @@ import pytest
 
 from cloud_backend.kv_cache import PAGE
 from cloud_backend.limits import Limits
+from cloud_backend.tokens import Tokens, add_token
 from shared import wire
 from tests.checkpoints import SIZES
 from tests.cloud_backend.device import PATIENCE, Device, close, close_code, engine_step, open_of, table
@@ -257,3 +258,16 @@ def test_the_context_is_no_longer_than_memory(tiny: Path) -> None:
         device.rows(0, EMBEDDINGS[: 4 * PAGE])
         reply = device.ask(device.append(4 * PAGE, EMBEDDINGS[:1]))
         assert isinstance(reply, wire.Error) and reply.code == "context_full"
+
+
+# --- tokens ---
+
+
+def test_the_secret_under_another_token_gets_a_fresh_session(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.txt"
+    mine, anothers = add_token(path, "mine"), add_token(path, "another's")
+    with run_cloud(tiny, tokens=Tokens(path)) as cloud, Device(cloud.url, open_of(tiny, token=mine)) as device:
+        device.rows(0, EMBEDDINGS[:40])
+        with again(cloud, tiny, device, token=anothers) as fresh:
+            assert fresh.opened.kv_length == 0
+        assert len(device.rows(40, EMBEDDINGS[40:41])) == 1

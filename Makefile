@@ -58,7 +58,7 @@ bench-equivalence: .venv/installed
 bench-export: .venv/installed
 	$(BIN)/python -m benchmarks.export_memory
 
-# LLaMA2-7B and GPT-2 shapes on an NVIDIA card, beside the time to read the weights once
+# LLaMA2-7B and GPT-2 shapes on an NVIDIA GPU: needs a CUDA build of torch, 14 GB of disk and 48 GB on the card
 bench-gpu: .venv/installed
 	$(BIN)/python -m benchmarks.gpu
 

@@ -25,6 +25,7 @@ class Lease:
     cache: KVCache
     displace: Callable[[], None] | None  # ends the connection that has it; None: nobody has
     until: float = 0.0  # where nobody has it: when it ends
+    length: int = 0  # KV length that is left when what its last connection asked for has been let go
 
 
 class Leases:

@@ -179,6 +179,7 @@ class Session:
         bound_to = (message.model, message.key_id, owner)
         lease = None if message.resume is None else self._leases.take(message.resume, bound_to, self._displaced)
         self._lease = lease or self._leases.new(bound_to, engine, self._displaced)
+        kv_length = min(self._lease.length, self._lease.cache.length)  # which others may have been given meanwhile
         self._cache = self._lease.cache
         self._dtype = engine.dtype if message.dtype == "auto" else message.dtype
         self.public_id = secrets.token_hex(4)
@@ -188,7 +189,7 @@ class Session:
                 Opened(
                     session=self.public_id,
                     resume=self._lease.secret,
-                    kv_length=self._cache.length,
+                    kv_length=kv_length,
                     hidden_size=engine.hidden_size,
                     vocab_size=engine.vocab_size,
                     dtype=self._dtype,
@@ -207,6 +208,8 @@ class Session:
 
     def _displaced(self) -> None:
         """Another connection has taken the session over."""
+        self._let_go()
+        self._lease = None
         self._pending.clear()
         self.closing = self.closing or (1008, "taken over by a newer connection")
         self.on_displaced()
@@ -214,7 +217,15 @@ class Session:
     def leave(self, *, keep: bool) -> None:
         """The connection has ended. keep: the session may come back."""
         if self._lease is not None:
+            self._let_go()
             self._leases.leave(self._lease, self._displaced, keep=keep)
+
+    def _let_go(self) -> None:
+        """Notes what KV length the session has for whoever comes next: a step that still runs may add to it first."""
+        assert self._lease is not None
+        running = None if self._running is None else self._running.message
+        keep = running.keep if isinstance(running, Append) else 0 if running is not None else self._cache.length
+        self._lease.length = min(keep, self._cache.length)
 
     def _request(self, seq: int, size: int, message: Append | Encode | WireError) -> None:
         if seq <= self._last_seq:

@@ -12,9 +12,10 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from cloud_backend.attention import pooled_cache
 from cloud_backend.decoder import DecoderEngine, layer_shapes
 from cloud_backend.engine import AppendWork, EncodedRows, EncodeWant, EncodeWork, Outcome, Work
-from cloud_backend.kv_cache import KVCache, LayerShape, PagePool, Pages
+from cloud_backend.kv_cache import PAGE, KVCache, LayerShape, PagePool, Pages
 from cloud_backend.step import Span, Step
 from cloud_backend.tensors import finite
+from shared.errors import UsageError
 from shared.wire import DTYPES, FloatName
 
 
@@ -72,9 +73,14 @@ class TranslationEngine(DecoderEngine):
         self._one = torch.zeros(1, 1, self.encoder_size, dtype=model.dtype, device=model.device)
         super().__init__(model, dtype, context, kv_bytes)
         self._body.embed_positions = NoPositions()
-        # A source of full length and an answer of full length must fit together.
-        half = self.pool.positions // 2
-        self.encoder_context, self.context = min(self.encoder_context, half), min(self.context, half)
+        # A source and an answer of full length must fit together with the next source, until that is stored.
+        third = self.pool.pages // 3 * PAGE
+        if not third:
+            raise UsageError(
+                f"KV memory: seen {self.pool.budget} bytes, wanted at least {3 * self.pool.page_bytes}",
+                hint="give it more with --kv-bytes",
+            )
+        self.encoder_context, self.context = min(self.encoder_context, third), min(self.context, third)
 
     @torch.inference_mode()
     def _layers(self) -> list[LayerShape]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import pytest
-
 from cloud_backend.kv_cache import PAGE
 from cloud_backend.scheduler import Scheduler
 from tests.cloud_backend.held_engine import CHUNK, PATIENCE, HeldEngine, code, drive, eventually, filled, submitted
@@ -148,6 +146,4 @@ def test_who_lost_memory_to_others_is_counted_and_told() -> None:
         assert evicted == [engine] and (cache.length, cache.held) == (0, 0)
         assert code(await scheduler.submit(engine, append(cache, 1, keep=3 * PAGE))) == "out_of_step"
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cloud_backend.eviction.IDLE_SECONDS", 0.0)
-        drive(test, HeldEngine(pages=4))
+    drive(test, HeldEngine(pages=4))

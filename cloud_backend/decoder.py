@@ -108,11 +108,13 @@ class DecoderEngine:
         states = self._run_step([spans[at] for at in turns], self._tensor([works[at].embeddings for at in turns]))
         found = [states[:0]] * len(works)
         first = 0
+        if any(work.rows for work in works):
+            states = states.clone()  # what a graph computed into is written to again; `last` is kept
         for at in turns:
             work, end = works[at], first + len(works[at].embeddings)
             found[at] = states[end - work.rows : end]
             work.cache.length = work.end
-            work.cache.last = Last(work.embeddings[-1:].copy(), states[end - 1 : end].clone()) if work.rows else None
+            work.cache.last = Last(work.embeddings[-1:].copy(), states[end - 1 : end]) if work.rows else None
             first = end
         return found
 

@@ -19,9 +19,10 @@ from cloud_backend.tensors import to_device
 
 log = logging.getLogger("stip.cloud")
 
-COUNTS = (1, 2, 4, 8, 16, 32, 64)  # sequences
+COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # sequences
 TOKENS = (1, 2, 4, 8)  # new ones of each: one, or a draft to check
-SHORTEST = 256  # positions that are read; from there on twice as many each
+SHORTEST = 256  # positions that are read
+MOST_PADDING = 2.5  # times what the sequences hold, beyond the shortest
 MOST_GRAPHS = 48  # kept, the last used
 
 Forward = Callable[[Step, torch.Tensor], torch.Tensor]  # step, embeddings [tokens, hidden] → states [tokens, hidden]
@@ -30,13 +31,18 @@ Shape = tuple[int, int, int]  # sequences, tokens of each, positions that are re
 
 def shape_of(spans: Sequence[Span], context: int) -> Shape | None:
     """The fixed shape that holds a step, or None where it is to be run as it is."""
-    tokens = {span.tokens for span in spans}
+    tokens, ends = {span.tokens for span in spans}, [span.end for span in spans]
     if len(tokens) != 1 or not tokens <= set(TOKENS) or len(spans) > COUNTS[-1]:
         return None
+    count = next(count for count in COUNTS if count >= len(spans))
     longest = SHORTEST
-    while longest < max(span.end for span in spans):
-        longest *= 2
-    return next(count for count in COUNTS if count >= len(spans)), tokens.pop(), min(longest, context)
+    while longest < max(ends):
+        longest = longest * 3 // 2 if longest.bit_count() == 1 else longest * 4 // 3  # 256, 384, 512, 768, …
+    longest = min(longest, context)
+    # One long sequence would have all the others read as much.
+    if longest > SHORTEST and count * longest > MOST_PADDING * sum(ends):
+        return None
+    return count, tokens.pop(), longest
 
 
 class FixedStep:
@@ -84,13 +90,14 @@ class Graphs:
         self._forward = forward
         self._captured: dict[Shape, tuple[FixedStep, Any, torch.Tensor]] = {}
         self._capturable = True
+        # One for all: replays follow each other, and what one leaves in between is not needed by the next.
+        self._memory = torch.cuda.graph_pool_handle()
+        self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def run(self, spans: Sequence[Span], embeddings: torch.Tensor) -> torch.Tensor | None:
         """States [tokens, hidden], good until the next run; None where no graph fits."""
         shape = shape_of(spans, self._context) if self._capturable else None
-        if shape is None:
-            return None
-        if shape not in self._captured and not self._capture(shape):
+        if shape is None or (shape not in self._captured and not self._capture(shape)):
             return None
         fixed, graph, states = self._captured[shape] = self._captured.pop(shape)  # the last used at the end
         fixed.fill(spans, embeddings)
@@ -100,19 +107,30 @@ class Graphs:
     def _capture(self, shape: Shape) -> bool:
         if len(self._captured) == MOST_GRAPHS:
             self._captured.pop(next(iter(self._captured)))
-        fixed, graph = self._make(shape), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
+        before = torch.cuda.current_stream()
         try:
-            stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # libraries allocate what they need in a first run
-                self._forward(fixed.step, fixed.embeddings)
-            torch.cuda.current_stream().wait_stream(stream)
-            fixed.step.groups[0].forget_masks()
-            with torch.cuda.graph(graph):
-                states = self._forward(fixed.step, fixed.embeddings)
-        except RuntimeError as error:  # a model that asks the host in between, as some mixtures of experts do
-            log.warning("CUDA graphs: not for this model (%s); its steps are launched one by one", type(error).__name__)
+            self._captured[shape] = self._made(shape)
+        except torch.OutOfMemoryError:
+            log.warning("CUDA graphs: no memory for %d sequences of %d positions", shape[0], shape[2])
+            self._captured.clear()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:  # a model that asks the host in between
+            log.warning(
+                "CUDA graphs: not for this model (%s); its kernels are launched one by one", type(error).__name__
+            )
             self._capturable = False
-            return False
-        self._captured[shape] = (fixed, graph, states)
-        return True
+        finally:
+            torch.cuda.set_stream(before)  # which a capture that failed does not do
+            torch.cuda.synchronize()
+        return shape in self._captured
+
+    def _made(self, shape: Shape) -> tuple[FixedStep, Any, torch.Tensor]:
+        fixed, graph = self._make(shape), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):  # libraries allocate what they need in a first run
+            self._forward(fixed.step, fixed.embeddings)
+        self._stream.synchronize()
+        fixed.step.groups[0].forget_masks()
+        with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
+            states = self._forward(fixed.step, fixed.embeddings)
+        return fixed, graph, states

@@ -89,8 +89,10 @@ def test_shapes_hold_what_they_are_for() -> None:
         return Span(None, end - tokens, tokens)  # type: ignore[arg-type]  # nothing is read of it
 
     assert shape_of([span(1, 10)], 4096) == (1, 1, SHORTEST)
-    assert shape_of([span(1, 10)] * 3 + [span(1, 257)], 4096) == (4, 1, 512)
+    assert shape_of([span(1, 200)] * 3 + [span(1, 257)], 4096) == (4, 1, 384)
+    assert shape_of([span(4, 1400)] * 17, 2048) == (24, 4, 1536)
     assert shape_of([span(4, 2000)] * 9, 2048) == (16, 4, 2048)
+    assert shape_of([span(1, 300)] * 31 + [span(1, 4000)], 4096) is None  # each would read 4,096
     assert shape_of([span(1, 10), span(2, 10)], 4096) is None
     assert shape_of([span(3, 10)], 4096) is None
     assert shape_of([span(1, 10)] * (COUNTS[-1] + 1), 4096) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,14 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from cloud_backend.attention import pooled_cache
 from cloud_backend.decoder import DecoderEngine, layer_shapes
-from cloud_backend.engine import AppendWork, EncodedRows, EncodeWant, EncodeWork, Outcome, Work
+from cloud_backend.engine import AppendWork, EncodedRows, EncodeWant, EncodeWork, Outcome, Work, failed
 from cloud_backend.kv_cache import PAGE, KVCache, LayerShape, PagePool, Pages
 from cloud_backend.step import Span, Step
 from cloud_backend.tensors import finite
 from shared.errors import UsageError
 from shared.wire import DTYPES, FloatName
+
+log = logging.getLogger("stip.cloud")
 
 
 class SourceCache(KVCache):
@@ -99,7 +102,15 @@ class TranslationEngine(DecoderEngine):
 
     def _run(self, batch: Sequence[Work]) -> list[Outcome]:
         appended = iter(super()._run([work for work in batch if isinstance(work, AppendWork)]))
-        return [self._store(work) if isinstance(work, EncodeWork) else next(appended) for work in batch]
+        return [self._stored(work) if isinstance(work, EncodeWork) else next(appended) for work in batch]
+
+    def _stored(self, work: EncodeWork) -> Outcome:
+        """A failure here is no reason to run the others again: whoever has stored its source gave memory back."""
+        try:
+            return self._store(work)
+        except Exception as error:
+            log.error("engine failed: %s", type(error).__name__)  # its text could quote tensors
+            return failed()
 
     def _store(self, work: EncodeWork) -> Outcome:
         cache = work.cache

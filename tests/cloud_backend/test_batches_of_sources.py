@@ -120,6 +120,16 @@ def test_a_source_that_overflows_fails_alone_and_leaves_the_one_before(translati
         close(outcome.values, wanted.values)
 
 
+def test_a_source_is_stored_beside_one_that_fails_where_memory_is_full(translation: TranslationEngine) -> None:
+    width = translation.hidden_size
+    engine = TranslationEngine(stock("marian"), "float32", kv_bytes=5 * translation.pool.page_bytes)
+    cache = engine.new_cache()
+    run(engine, store(cache, drawn(0, 9, width)))
+    huge = np.full((PAGE + 1, width), LARGE, np.float32)
+    stored, failed = run(engine, store(cache, drawn(1, PAGE + 1, width)), store(engine.new_cache(), huge))
+    assert isinstance(stored, EncodedRows) and code(failed) == "internal"
+
+
 @pytest.mark.parametrize("pages", range(3, 9))
 def test_a_session_alone_has_room_for_the_longest_source_and_answer_and_for_the_next_source(
     translation: TranslationEngine, pages: int

@@ -160,7 +160,8 @@ def layer_shapes(cache: DynamicCache) -> list[LayerShape]:
 def _repeated(work: AppendWork) -> torch.Tensor | None:
     """The last position's hidden state where it alone is appended again, as a device does to see its full row.
 
-    No forward is needed then, and the full row is the very one that the top of was sent.
+    No forward is needed then, and the full row is the one that the top of was sent, up to the rounding of a classifier
+    that runs beside others.
     """
     last = work.cache.last
     if last is None or work.keep != work.cache.length - 1 or not work.rows == len(work.embeddings) == 1:

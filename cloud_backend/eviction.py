@@ -3,12 +3,16 @@
 An evicted session's KV length is 0. Its device hears `out_of_step` at its next request and sends everything again.
 Memory that is short for long must not be fought over, token by token, so sessions are left alone for a while after
 they were used, and those that were let in after someone had to wait.
+
+Owners of tokens have equal parts. Who holds more than its part gives back first, and no answer of those who hold less
+is interrupted for it: a token with sessions without end takes memory from itself.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from cloud_backend.engine import Engine, Work
 from cloud_backend.kv_cache import KVCache
@@ -48,7 +52,7 @@ class Admission:
             # Sessions between two requests come back, or are idle soon.
             stuck = alone and not running and blocked > STUCK_SECONDS and all(one in pending for one in self._used)
             spared = {cache, *running}
-            for victim in self._victims(now, pending, starving=blocked > PATIENCE_SECONDS, stuck=stuck):
+            for victim in self._victims(cache, pending, starving=blocked > PATIENCE_SECONDS, stuck=stuck):
                 if victim in spared or not victim.held:
                     continue
                 victim.clear()
@@ -64,12 +68,27 @@ class Admission:
         self._used[cache] = now
         return True
 
-    def _victims(self, now: float, pending: Collection[KVCache], *, starving: bool, stuck: bool) -> Iterator[KVCache]:
-        yield from [one for one, used in self._used.items() if one not in pending and now - used > IDLE_SECONDS]
+    def _victims(
+        self, taker: KVCache, pending: Collection[KVCache], *, starving: bool, stuck: bool
+    ) -> Iterator[KVCache]:
+        now, greedy = time.monotonic(), self._greedy(taker)
+        idle = [one for one, used in self._used.items() if one not in pending and now - used > IDLE_SECONDS]
+        yield from _first(idle, greedy)
         if starving:  # whoever had its time, the first first
-            yield from [one for one, since in self._since.items() if now - since > PATIENCE_SECONDS]
+            had = [one for one, since in self._since.items() if now - since > PATIENCE_SECONDS]
+            spared = taker.owner in greedy
+            yield from _first([one for one in had if one.owner in greedy or not spared], greedy)
         if stuck:  # whoever came last, so that the first come to an end
-            yield from sorted(self._since, key=self._since.__getitem__, reverse=True)
+            yield from _first(sorted(self._since, key=self._since.__getitem__, reverse=True), greedy)
+
+    def _greedy(self, taker: KVCache) -> set[str]:
+        """Owners that hold more than an equal part of the memory."""
+        held = Counter({taker.owner: 0})
+        for cache in self._since:
+            held[cache.owner] += cache.held
+        pool = self._engine.pool
+        part = pool.pages / len(held) if pool is not None else 0
+        return {owner for owner, pages in held.items() if pages > part}
 
     def still(self, pending: Collection[KVCache]) -> None:
         """Forgets who waited for memory and does so no more."""
@@ -85,3 +104,8 @@ class Admission:
         """The session holds nothing any more, or its request is gone."""
         for known in (self._used, self._since, self._blocked):
             known.pop(cache, None)
+
+
+def _first(caches: Iterable[KVCache], owners: Collection[str]) -> list[KVCache]:
+    """Those of `owners` before the others, else in their order."""
+    return sorted(caches, key=lambda cache: cache.owner not in owners)

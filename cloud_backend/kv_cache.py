@@ -145,6 +145,7 @@ class KVCache:
 
     def __init__(self, pool: PagePool | None) -> None:
         self.length = 0  # positions held
+        self.owner = ""  # whose session it is, in any words
         self.last: Last | None = None
         self.pages = Pages(pool) if pool is not None else None
 

@@ -44,6 +44,7 @@ class Leases:
     def new(self, bound_to: tuple[str, str, str], engine: Engine, displace: Callable[[], None]) -> Lease:
         """A fresh session."""
         lease = Lease(secrets.token_urlsafe(16), bound_to, engine, engine.new_cache(), displace)
+        lease.cache.owner = bound_to[2]
         self._by_digest[_digest(lease.secret)] = lease
         return lease
 

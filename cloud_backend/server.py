@@ -109,7 +109,7 @@ class CloudServer:
             origins=[None, *map(Origin, allowed)],
             process_request=pages,
             create_connection=type("Connection", (CountedConnection,), {"doorstep": self._doorstep}),
-            max_size=LONGEST_OPEN,  # until a session is open
+            max_size=min(LONGEST_OPEN, 2 * self._limits.max_frame),  # until a session is open
             max_queue=4,
         )
         async with AsyncExitStack() as ending:  # the server ends before the engines that its sessions wait for

@@ -280,3 +280,48 @@ def test_what_needs_no_memory_is_not_held_up(clock: Clock) -> None:
     line.step()
     assert all(job.done.done() for job in jobs)
     line.close()
+
+
+# --- owners ---
+
+
+def owned(memory: Memory, clock: Clock, **pages: int) -> dict[str, KVCache]:
+    """A session of each owner, used one after the other."""
+    caches = {}
+    for owner, count in pages.items():
+        caches[owner] = memory.engine.new_cache()
+        caches[owner].owner = owner.rstrip("0123456789")
+        assert memory.ask(caches[owner], count)
+        clock.now += BRIEF
+    return caches
+
+
+def test_who_holds_more_than_its_part_gives_first(memory: Memory, clock: Clock) -> None:
+    caches = owned(memory, clock, car=1, crowd1=2, crowd2=2)
+    clock.now += IDLE_SECONDS
+    newcomer = memory.session()
+    newcomer.owner = "crowd"
+    assert memory.ask(newcomer, 2)
+    assert [bool(cache.length) for cache in caches.values()] == [True, False, True]  # though the car was idle longest
+
+
+def test_an_answer_of_who_holds_little_is_not_interrupted_for_who_holds_much(memory: Memory, clock: Clock) -> None:
+    caches = owned(memory, clock, car=1, crowd1=3, crowd2=2)
+    newcomer = memory.session()
+    newcomer.owner = "crowd"
+    busy = {caches["car"], caches["crowd1"], caches["crowd2"]}
+    assert not memory.ask(newcomer, 6, pending=busy)
+    clock.now += PATIENCE_SECONDS + BRIEF
+    assert not memory.ask(newcomer, 6, pending=busy)  # all of the crowd's own is not enough
+    assert caches["car"].length and not caches["crowd1"].length and not caches["crowd2"].length
+
+
+def test_an_answer_of_who_holds_much_is_interrupted_for_who_holds_little(memory: Memory, clock: Clock) -> None:
+    caches = owned(memory, clock, car=1, crowd1=3, crowd2=2)
+    newcomer = memory.session()
+    newcomer.owner = "truck"
+    busy = set(caches.values())
+    assert not memory.ask(newcomer, 1, pending=busy)
+    clock.now += PATIENCE_SECONDS + BRIEF
+    assert memory.ask(newcomer, 1, pending=busy)
+    assert [bool(cache.length) for cache in caches.values()] == [True, False, True]

@@ -17,12 +17,14 @@ export PROMPT ?=
 demo: .venv/installed
 	@$(BIN)/python -m examples.demo --prompt "$$PROMPT"
 
+# One thread for each of two workers; then, with nothing beside them, the tests that measure.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not alone"
+	$(BIN)/pytest -m "not slow and alone"
 
 # the slow ones too
 test-all: lint
-	$(BIN)/pytest -m ""
+	$(BIN)/pytest
 
 lint: .venv/installed
 	$(BIN)/ruff check .

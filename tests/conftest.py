@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from cloud_backend import opening
 from cloud_backend.engine import Engine
 from cloud_backend.limits import Limits
 from cloud_backend.opening import open_context
@@ -36,7 +37,7 @@ from export.tokenizer import TokenizerReport
 from tests.checkpoints import make_checkpoint
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched while testing
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +51,14 @@ def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
         return made[kind]
 
     return checkpoint
+
+
+@pytest.fixture(scope="session", autouse=True)
+def little_kv_memory() -> Iterator[None]:
+    """A share of the machine's memory for each of the many engines of this process would be more than there is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "free_memory", lambda device: 2**28)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,6 +23,8 @@ from tests.cloud_backend.hostile import ATTACKS
 from tests.conftest import run_cloud_process
 from tests.processes import Held, at_rest, eventually, held_by, metric
 
+pytestmark = pytest.mark.alone
+
 MAX_FRAME, WINDOW, TOKEN_SESSIONS = 2**16, 2**18, 8
 TOKENS = 200  # in a row, for the median of their latency
 SLOWER = 5.0  # times as long, at most, a token takes beside an attack

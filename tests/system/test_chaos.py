@@ -24,6 +24,8 @@ from tests.processes import Held, at_rest, eventually, metric
 from tests.system.line import Line, random_faults
 from tests.system.mortal_cloud import MortalCloud
 
+pytestmark = pytest.mark.alone
+
 SEED = 5
 DEVICES = 12
 FAULTS = 22  # of each device's line

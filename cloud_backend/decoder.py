@@ -108,13 +108,12 @@ class DecoderEngine:
         states = self._run_step([spans[at] for at in turns], self._tensor([works[at].embeddings for at in turns]))
         found = [states[:0]] * len(works)
         first = 0
-        if any(work.rows for work in works):
-            states = states.clone()  # what a graph computed into is written to again; `last` is kept
         for at in turns:
             work, end = works[at], first + len(works[at].embeddings)
             found[at] = states[end - work.rows : end]
             work.cache.length = work.end
-            work.cache.last = Last(work.embeddings[-1:].copy(), states[end - 1 : end]) if work.rows else None
+            # A copy: the others' rows are not kept for it, and what a graph computed into is written to again.
+            work.cache.last = Last(work.embeddings[-1:].copy(), states[end - 1 : end].clone()) if work.rows else None
             first = end
         return found
 
@@ -143,7 +142,7 @@ class DecoderEngine:
         """Embeddings [tokens, width] as the model computes with them, one behind the other."""
         if len({array.dtype for array in embeddings}) > 1:
             return torch.cat([self._tensor([array]) for array in embeddings])
-        packed = embeddings[0] if len(embeddings) == 1 else np.concatenate(embeddings)
+        packed = np.concatenate(embeddings)
         return to_device(packed, self._model.device).to(TORCH_DTYPES[self.dtype])
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -85,7 +85,7 @@ class EncoderEngine:
 
     def _sequences(self, work: EncodeWork) -> Sequence[torch.Tensor]:
         """Each [length, hidden]."""
-        embeddings = to_torch(work.embeddings).to(self._model.device, TORCH_DTYPES[self.dtype])
+        embeddings = to_torch(work.embeddings.copy()).to(self._model.device, TORCH_DTYPES[self.dtype])
         return torch.split(embeddings, list(work.lengths))
 
     def _encode_all(self, sequences: list[torch.Tensor], want: EncodeWant) -> list[torch.Tensor]:

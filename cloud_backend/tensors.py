@@ -24,14 +24,15 @@ def finite(values: torch.Tensor) -> torch.Tensor:
 
 
 def to_torch(array: Array) -> torch.Tensor:
-    """A copy as a tensor (numpy's bfloat16 is not torch's)."""
+    """The same values as a tensor, in the same memory (numpy's bfloat16 is not torch's)."""
     if array.dtype == DTYPES["bfloat16"]:
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def to_device(array: Array, device: torch.device) -> torch.Tensor:
-    """The same values as a tensor of a device; the copy to a GPU does not wait for what it computes."""
+    """The same values as a tensor of a device, in the same memory where that is the host's; else the copy does not wait
+    for what the GPU computes."""
     tensor = to_torch(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 

@@ -46,6 +46,7 @@ ENGINES: dict[Kind, tuple[type[DecoderEngine] | type[EncoderEngine], tuple[str, 
 }
 
 
+NVIDIA = Path("/dev/nvidiactl")  # where a machine has a card: a torch that does not see it is no reason to do without
 SHARE = {"cpu": 4, "cuda": 2}  # of the free memory that sessions get: one part in so many
 
 
@@ -67,10 +68,11 @@ def open_context(
     manifest = read_manifest(folder, CloudManifest)
     check_files(folder, manifest, contents=verify)
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() or NVIDIA.exists() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise BundleError(
-            "device cuda: torch finds no CUDA device", hint="--device cpu, or install a CUDA build of torch"
+            "device cuda: torch finds no CUDA device",
+            hint="install a build of torch that fits its driver, or say --device cpu",
         )
     chosen = dtype_of(manifest, device) if dtype == "auto" else next(name for name in TORCH_DTYPES if name == dtype)
     engine, _ = ENGINES[manifest.kind]

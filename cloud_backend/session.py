@@ -260,7 +260,7 @@ class Session:
             check_encode(message, self.context.engine, limits, self._dtype)
 
     def _cancel(self, seq: int) -> None:
-        self._cancelled = self._running is not None and self._running.seq >= seq
+        self._cancelled = self._cancelled or (self._running is not None and self._running.seq >= seq)
         for request in self._pending:
             if request.seq >= seq and request.error is None:
                 self._in_flight -= request.size

@@ -74,10 +74,11 @@ class VisionEngine(DecoderEngine):
         tower.embeddings = Embedded(model.dtype)
 
     def _run(self, batch: Sequence[Work]) -> list[Outcome]:
-        images = [work for work in batch if isinstance(work, AppendWork) and work.kind == "image"]
+        works = [work for work in batch if isinstance(work, AppendWork)]  # it encodes nothing
+        images = [work for work in works if work.kind == "image"]
         seen = iter(self._look(images) if images else ())
-        others = iter(super()._run([work for work in batch if work not in images]))
-        return [next(seen if work in images else others) for work in batch]
+        others = iter(super()._run([work for work in works if work.kind != "image"]))
+        return [next(seen if work.kind == "image" else others) for work in works]
 
     def _look(self, works: Sequence[AppendWork]) -> list[Outcome]:
         """What the tower makes of each image, to be appended like text: rows [image_tokens, hidden]."""

@@ -14,10 +14,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+from cloud_backend import opening
 from cloud_backend.decoder import DecoderEngine
 from cloud_backend.encoder import EncoderEngine
 from cloud_backend.engine import AppendWork, EncodedRows, EncodeWork, HiddenRows
-from cloud_backend.opening import ENGINES, load_model, open_context
+from cloud_backend.opening import ENGINES, dtype_of, load_model, open_context
 from cloud_backend.translation import TranslationEngine
 from cloud_backend.vision import ImageEncoderEngine, VisionEngine
 from shared import wire
@@ -172,6 +173,27 @@ def test_an_encoder_that_is_said_to_be_a_decoder_is_refused(tmp_path: Path) -> N
     write_manifest(msgspec.structs.replace(read_manifest(folder, CloudManifest), kind="decoder"), folder)
     with pytest.raises(BundleError, match="seen BertModel, wanted one decoder"):
         open_context(folder, device="cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_card_that_torch_does_not_see_is_not_passed_over(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(opening, "NVIDIA", tmp_path / "nvidiactl")
+    with pytest.raises(BundleError, match="torch finds no CUDA device"):
+        open_context(tiny / "cloud")
+    assert open_context(tiny / "cloud", device="cpu")[1].device == "cpu"
+
+
+@pytest.mark.parametrize(("capable", "computed"), [(True, "bfloat16"), (False, "float32")])
+def test_bfloat16_is_computed_where_the_processor_has_it(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capable: bool, computed: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable})
+    manifest = msgspec.structs.replace(read_manifest(tiny / "cloud", CloudManifest), dtype="bfloat16")
+    assert dtype_of(manifest, "cpu") == computed
+    assert dtype_of(manifest, "cuda") == "bfloat16"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

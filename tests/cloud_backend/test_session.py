@@ -480,6 +480,27 @@ def test_cancel_lets_the_running_request_finish() -> None:
     assert (codes(cloud.replies()), cloud.cache.held) == (["Logits"], [1])
 
 
+def test_nobody_wants_a_running_request_that_was_cancelled_whatever_is_cancelled_after_it() -> None:
+    cloud, _ = running_with(append(2, 1, 2))
+    assert not cloud.session.dropped()
+    cloud.receive(wire.Cancel(seq=2))
+    assert not cloud.session.dropped()
+    cloud.receive(wire.Cancel(seq=1), wire.Cancel(seq=2))
+    assert cloud.session.dropped()
+
+
+def test_a_request_that_is_dropped_half_way_is_cancelled_and_breaks_the_chain_behind_it() -> None:
+    cloud = opened()
+    cloud.ask(append(1, 0, 1, 2, 3))
+    cloud.receive(append(2, 1, 4, 5, after=1), append(3, 1, 6, after=1))
+    assert cloud.session.start() is not None
+    cloud.cache.cut(1)  # as the scheduler leaves it: begun, then cut to keep
+    cloud.session.finish(RequestError("cancelled", "dropped by Cancel"))
+    replies = cloud.replies() + cloud.run()
+    assert numbered(replies)[-2:] == [(2, "cancelled"), (3, "out_of_step")]
+    assert [reply.kv_length for reply in replies[-2:]] == [1, 1]
+
+
 def test_cancel_spares_requests_with_a_smaller_seq() -> None:
     cloud, work = running_with(append(2, 1, 2), append(3, 2, 3))
     cloud.receive(wire.Cancel(seq=3))

@@ -63,7 +63,7 @@ def test_the_printed_operations_work(place: Path) -> None:
 
 
 def test_the_printed_installation_is_that_of_the_makefile() -> None:
-    assert "pip install -c constraints.txt '.[cloud]'" in INSTALL
+    assert "pip install -c constraints.txt '.[cloud,device]'" in INSTALL
     assert subprocess.run(["bash", "-n", "-c", INSTALL]).returncode == 0
 
 

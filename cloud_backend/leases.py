@@ -68,10 +68,12 @@ class Leases:
             self._end(lease)
 
     def expire(self, *, known: Callable[[str], bool] = lambda owner: True) -> None:
-        """Ends the sessions that nobody has whose grace time is over, or whose owner is not known any more."""
+        """Ends the sessions that nobody has whose grace time is over, whose owner is not known any more, or of which
+        nothing is left."""
         now = time.monotonic()
         for lease in list(self._by_digest.values()):
-            if lease.displace is None and (lease.until < now or not known(lease.bound_to[2])):
+            over = lease.until < now or not lease.cache.held or not known(lease.bound_to[2])
+            if lease.displace is None and over:
                 self._end(lease)
 
     def _end(self, lease: Lease) -> None:

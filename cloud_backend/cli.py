@@ -150,6 +150,7 @@ def _bytes(text: str) -> int:
 def _serve(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging as transformers_logging
 
+    from cloud_backend.memory import bound_preparations
     from cloud_backend.opening import open_context
     from cloud_backend.process import Listening, serve_until_stopped
     from cloud_backend.scheduler import Scheduler
@@ -157,6 +158,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     from cloud_backend.tls import Certificate
     from cloud_backend.tokens import Tokens
 
+    bound_preparations()
     log_to_stderr(arguments.log)
     transformers_logging.set_verbosity_error()  # it would report the embedding as missing: it is, on purpose
     transformers_logging.disable_progress_bar()

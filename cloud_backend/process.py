@@ -17,6 +17,7 @@ import torch
 
 from cloud_backend.engine import Engine
 from cloud_backend.listener import running, url
+from cloud_backend.memory import give_back
 from cloud_backend.scheduler import Scheduler
 from cloud_backend.server import CloudServer
 from cloud_backend.session import Context
@@ -104,6 +105,7 @@ async def serve_until_stopped(
             await scheduler.call(partial(torch.set_num_threads, threads))  # of the thread that calls it alone
         for load in loads:
             server.add([await _loaded(scheduler, load)])
+        await ending.enter_async_context(running("memory", give_back(scheduler)))
         server.health.loading = stop.loading = False
         log.info("listening on %s", url("wss" if tls else "ws", at.host, listener))
         await stop.told.wait()

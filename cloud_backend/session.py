@@ -78,11 +78,11 @@ class Session:
         self,
         contexts: Mapping[tuple[str, str], Context],
         limits: Limits,
-        identify: Callable[[str | None], str | None],
+        identify: Callable[[Open], str | None],
         leases: Leases,
     ) -> None:
-        """identify: whose a token is, in any words; None where it is not known. Raises RequestError where its owner may
-        not have a session more. leases: of all sessions."""
+        """identify: whose the token of an Open is, in any words; None where it is not known. Raises RequestError where
+        its owner may not have a session more. leases: of all sessions."""
         self.public_id = ""  # what logs call the session
         self.on_error: Callable[[str, int], None] = lambda code, kv_length: None  # of each Error that is sent
         self.outbox: deque[bytes] = deque()
@@ -161,7 +161,7 @@ class Session:
 
     def _open(self, message: Open) -> None:
         try:
-            owner = self._identify(message.token)
+            owner = self._identify(message)
         except RequestError as error:
             self.fail(error.code, str(error))  # type: ignore[arg-type]  # one of PROTOCOL.md's codes
             return

@@ -101,8 +101,8 @@ class Cloud:
         contexts = {("tiny", "key"): Context("tiny", "key", self.engine)}
         self.session = Session(contexts, self._limits, self._owner, self.leases)
 
-    def _owner(self, token: str | None) -> str | None:
-        return "car" if self._token in (None, token) else None
+    def _owner(self, message: wire.Open) -> str | None:
+        return "car" if self._token in (None, message.token) else None
 
     @property
     def cache(self) -> ListCache:

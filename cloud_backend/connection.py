@@ -51,6 +51,11 @@ class Connection:
         """The served model of its session."""
         return None if self._session.context is None else self._session.context.served_name
 
+    @property
+    def closing(self) -> bool:
+        """Whether its session has ended, though the socket may not have yet."""
+        return self._session.closing is not None
+
     def bearers(self) -> list[str]:
         """The tokens of its handshake (RFC 6750 §2.1)."""
         assert self._socket.request is not None

@@ -48,6 +48,11 @@ class Leases:
         self._by_digest[_digest(lease.secret)] = lease
         return lease
 
+    def taken(self, secret: str, bound_to: tuple[str, str, str]) -> bool:
+        """Whether `take` would take the session from a connection that has it."""
+        lease = self._by_digest.get(_digest(secret))
+        return lease is not None and lease.bound_to == bound_to and lease.displace is not None
+
     def take(self, secret: str, bound_to: tuple[str, str, str], displace: Callable[[], None]) -> Lease | None:
         """The session of `secret`, taken from whoever has it. None where it is unknown, over, or another's."""
         # Looked up by a hash: how long that takes tells nothing of the secrets that are known.

@@ -43,6 +43,7 @@ class Scheduler:
         self._ended: set[KVCache] = set()  # those of them whose session ended meanwhile
         self._returning: set[KVCache] = set()  # who was answered in the last step
         self._return_until = 0.0
+        self._failed = False  # no step will run any more
         self._wake = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "engine")
 
@@ -62,6 +63,8 @@ class Scheduler:
         that is cancelled gives up its turns in the same way. Either leaves the cache as it was, or cut to `keep`
         where a step had begun it.
         """
+        if self._failed:
+            return Timed(failed(), 0, 0)
         job = Job(engine, work, time.perf_counter(), asyncio.get_running_loop().create_future(), dropped)
         self._jobs.append(job)
         self._wake.set()
@@ -78,7 +81,10 @@ class Scheduler:
             cache.clear()
 
     async def run(self) -> None:
-        """Serves jobs until cancelled; the step that is running then still ends."""
+        """Serves jobs until cancelled; the step that is running then still ends.
+
+        Should it fail, requests are answered with `internal`, those that wait and those that come.
+        """
         loop = asyncio.get_running_loop()
         try:
             while True:
@@ -95,6 +101,11 @@ class Scheduler:
                 outcomes = await loop.run_in_executor(self._thread, _run, engine, [piece for _, piece in step])
                 self.step_began = None
                 self._finish(engine, step, outcomes, time.perf_counter() - started)
+        except Exception:
+            self._failed = True
+            for job in self._jobs:
+                job.end(failed())
+            raise
         finally:
             self._thread.shutdown(wait=True)
 
@@ -132,14 +143,17 @@ class Scheduler:
         self._jobs = [job for job in self._jobs if not job.done.done()]
 
     def _finish(self, engine: Engine, step: list[tuple[Job, Work]], outcomes: list[Outcome], seconds: float) -> None:
-        for cache in self._ended:
+        ended = self._ended
+        for cache in ended:
             cache.clear()
         self._stepping, self._ended, self._returning = set(), set(), set()
         for (job, piece), outcome in zip(step, outcomes, strict=True):
             job.compute += seconds
             if not job.done.done():  # else its connection went away meanwhile
                 answered = self._take(job, piece, outcome)
-                self._turns[engine].served(job, answered=answered)
+                if job.cache not in ended:  # they are not known any more
+                    self._turns[engine].served(job, answered=answered)
+        self._returning -= ended
         self._return_until = asyncio.get_running_loop().time() + RETURN_SHARE * seconds
         self.on_step(engine, len(step), sum(len(piece.embeddings) for _, piece in step), seconds)
 

@@ -28,7 +28,7 @@ from cloud_backend.tokens import Tokens
 from cloud_backend.watch import LOOK_SECONDS
 from shared.errors import RequestError, UsageError
 from shared.loopback import is_loopback
-from shared.wire import MAX_HEADER, SUBPROTOCOL
+from shared.wire import MAX_HEADER, SUBPROTOCOL, Open
 
 log = logging.getLogger("stip.cloud")
 LONGEST_OPEN = 4 + MAX_HEADER  # bytes
@@ -141,6 +141,7 @@ class CloudServer:
             await asyncio.sleep(LOOK_SECONDS)
             if tokens.look():
                 self._leases.expire(known=tokens.known)
+                self._allowances = {one: left for one, left in self._allowances.items() if tokens.known(one)}
                 revoked = [each for each in self._connections if each.token and not tokens.known(each.token)]
                 ends = (connection.end("unauthorized", "token: it is no longer known here") for connection in revoked)
                 await asyncio.gather(*ends, return_exceptions=True)
@@ -152,7 +153,7 @@ class CloudServer:
             self._leases.expire()
 
     async def _serve(self, socket: ServerConnection) -> None:
-        session = Session(self._contexts, self._limits, lambda token: self._owner(connection, token), self._leases)
+        session = Session(self._contexts, self._limits, lambda message: self._owner(connection, message), self._leases)
         connection = Connection(socket, session, self._scheduler, self._limits, Record(self.metrics))
         if len(self._connections) >= self._limits.max_sessions:
             session.fail(
@@ -169,18 +170,21 @@ class CloudServer:
             session.leave(keep=session.closing is None and socket.close_code != CloseCode.NORMAL_CLOSURE)
             connection.record.closed(len(self._connections))
 
-    def _owner(self, connection: Connection, token: str | None) -> str | None:
+    def _owner(self, connection: Connection, message: Open) -> str | None:
         """The hash of the connection's token, None where it is not known.
 
-        Raises RequestError where the token has all its sessions.
+        Raises RequestError where the token has all its sessions, but for one that the connection takes over.
         """
         if self._tokens is None:
             return "anyone"
-        digests = [self._tokens.digest_of(given) for given in (token, *connection.bearers())]
+        digests = [self._tokens.digest_of(given) for given in (message.token, *connection.bearers())]
         digest = next(filter(None, digests), None)
         if digest is None:
             return None
-        count, most = sum(other.token == digest for other in self._connections), self._limits.token_sessions
+        count = sum(other.token == digest and not other.closing for other in self._connections)
+        if message.resume and self._leases.taken(message.resume, (message.model, message.key_id, digest)):
+            count -= 1
+        most = self._limits.token_sessions
         if count >= most:
             raise RequestError("too_many_sessions", f"sessions: {count} of this token are open, the most it may have")
         connection.token = digest

@@ -78,11 +78,11 @@ class Session:
         self,
         contexts: Mapping[tuple[str, str], Context],
         limits: Limits,
-        identify: Callable[[str | None], str | None],
+        identify: Callable[[Open], str | None],
         leases: Leases,
     ) -> None:
-        """identify: whose a token is, in any words; None where it is not known. Raises RequestError where its owner may
-        not have a session more. leases: of all sessions."""
+        """identify: whose the token of an Open is, in any words; None where it is not known. Raises RequestError where
+        its owner may not have a session more. leases: of all sessions."""
         self.public_id = ""  # what logs call the session
         self.on_error: Callable[[str, int], None] = lambda code, kv_length: None  # of each Error that is sent
         self.outbox: deque[bytes] = deque()
@@ -98,6 +98,7 @@ class Session:
         self._running: _Request | None = None
         self._cancelled = False  # the running one
         self._length_before = 0  # KV length when it started
+        self._length_taken: int | None = 0  # KV length that it came to; None: a request of its own has been done since
         self._in_flight = 0
         self._last_seq = -1
         self._changed_by: int | None = None  # seq of the request that last changed the KV cache
@@ -160,7 +161,7 @@ class Session:
 
     def _open(self, message: Open) -> None:
         try:
-            owner = self._identify(message.token)
+            owner = self._identify(message)
         except RequestError as error:
             self.fail(error.code, str(error))  # type: ignore[arg-type]  # one of PROTOCOL.md's codes
             return
@@ -180,7 +181,7 @@ class Session:
         lease = None if message.resume is None else self._leases.take(message.resume, bound_to, self._displaced)
         self._lease = lease or self._leases.new(bound_to, engine, self._displaced)
         kv_length = min(self._lease.length, self._lease.cache.length)  # which others may have been given meanwhile
-        self._cache = self._lease.cache
+        self._cache, self._length_taken = self._lease.cache, kv_length
         self._dtype = engine.dtype if message.dtype == "auto" else message.dtype
         self.public_id = secrets.token_hex(4)
         limits = self._limits
@@ -225,6 +226,8 @@ class Session:
         assert self._lease is not None
         running = None if self._running is None else self._running.message
         keep = running.keep if isinstance(running, Append) else 0 if running is not None else self._cache.length
+        if self._length_taken is not None:  # that step may be of the connection before this one
+            keep = min(keep, self._length_taken)
         self._lease.length = min(keep, self._cache.length)
 
     def _request(self, seq: int, size: int, message: Append | Encode | WireError) -> None:
@@ -315,6 +318,8 @@ class Session:
         assert request is not None and request.message is not None
         self._running = None
         self._in_flight -= request.size
+        if not isinstance(result, RequestError):
+            self._length_taken = None
         if self.closing is not None:
             return
         if isinstance(result, RequestError):

@@ -128,7 +128,7 @@ class Turns:
             # The same session twice: another connection has taken it over.
             if len(step) < LARGEST_BATCH and job.cache not in step:
                 piece = job.piece(most)
-                if self._admission.admit(piece, step, pending, alone=alone):
+                if self._admission.admit(job.work, step, pending, alone=alone):
                     step[job.cache] = (job, piece)
         return step
 
@@ -136,10 +136,9 @@ class Turns:
         """Jobs in their order, each with the embeddings that a step may take of it."""
         prompts = [job for job in jobs if not job.short and not job.whole]
         room = self._room(prompts)
-        # Of more prompts than fit, every second one has its turn.
-        served = prompts if len(prompts) * LEAST_CHUNK <= 2 * room else prompts[: (len(prompts) + 1) // 2]
+        served = self._served(prompts, room)
         share = max(LEAST_CHUNK, room // max(1, len(served)))
-        whole = 0
+        whole = late = 0
         for job in jobs:
             if job.short:
                 yield job, SHORT
@@ -150,6 +149,16 @@ class Turns:
             elif job in served:
                 spare = room - share * len(served) if job is served[0] else 0
                 yield job, share + max(0, spare)
+            elif late < room and self._admission.waits(job.cache):  # so that it stands in line
+                yield job, LEAST_CHUNK
+                late += 0 if self._admission.waits(job.cache) else LEAST_CHUNK
+
+    def _served(self, prompts: list[Job], room: int) -> list[Job]:
+        """Prompts that share a step. Those that wait for memory would hold the turns of those that have it."""
+        able = [job for job in prompts if not self._admission.waits(job.cache)]
+        # Of more prompts than fit, every second one has its turn, whether the first in line gets its memory or not.
+        first = any(self._admission.is_first(job.cache) for job in able)
+        return able if len(able) * LEAST_CHUNK <= 2 * room else able[: (len(able) + 1) // 2 + first]
 
     def _room(self, prompts: list[Job]) -> int:
         """Embeddings of prompts that a step takes."""
@@ -160,7 +169,7 @@ class Turns:
     def served(self, job: Job, *, answered: bool) -> None:
         """Notes that a session was in the step that has just ended."""
         job.turn = self._steps
-        self._admission.used(job.cache)
+        self._admission.used(job.cache, answered=answered)
         if answered:
             self._decoded.pop(job.cache, None)
             self._decoded[job.cache] = time.monotonic()

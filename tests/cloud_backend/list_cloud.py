@@ -91,12 +91,18 @@ class Cloud:
         self.engine = ListEngine()
         for name, value in engine.items():
             setattr(self.engine, name, value)
-        contexts = {("tiny", "key"): Context("tiny", "key", self.engine)}
         self.leases = Leases(limits.grace_seconds, lambda engine, cache: cache.clear())
-        self.session = Session(
-            contexts, limits, lambda given: "car" if token is None or given == token else None, self.leases
-        )
         self.sent: list[Any] = []
+        self._limits, self._token = limits, token
+        self.connect()
+
+    def connect(self) -> None:
+        """From now on it is a new connection's session that is given messages."""
+        contexts = {("tiny", "key"): Context("tiny", "key", self.engine)}
+        self.session = Session(contexts, self._limits, self._owner, self.leases)
+
+    def _owner(self, message: wire.Open) -> str | None:
+        return "car" if self._token in (None, message.token) else None
 
     @property
     def cache(self) -> ListCache:

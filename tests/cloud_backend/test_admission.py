@@ -173,6 +173,17 @@ def test_a_token_has_so_many_sessions_and_no_more(tiny: Path, tmp_path: Path) ->
         assert eventually(lambda: isinstance(answer(running.url, open_of(tiny, token=phone)), wire.Opened))
 
 
+def test_a_token_that_has_all_its_sessions_can_take_one_of_them_over(tiny: Path, tmp_path: Path) -> None:
+    with guarded(tiny, tmp_path, "phone", token_sessions=1) as (running, _, (phone,)):
+        device = Device(running.url, open_of(tiny, token=phone))  # whose line is lost: the cloud hears nothing
+        for _ in range(3):
+            newer = Device(running.url, open_of(tiny, token=phone, resume=device.opened.resume))
+            assert newer.opened.resume == device.opened.resume
+        for secret in (None, "guess"):
+            assert answer(running.url, open_of(tiny, token=phone, resume=secret)).code == "too_many_sessions"
+        newer.socket.close()
+
+
 def test_without_tokens_a_client_has_as_many_sessions_as_there_are(tiny: Path) -> None:
     with run_cloud(tiny, limits=Limits(token_sessions=1)) as running, ExitStack() as open_ones:
         for _ in range(3):

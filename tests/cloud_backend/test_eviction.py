@@ -48,9 +48,12 @@ class Memory:
             cache.length = pages * PAGE
         return admitted
 
-    def session(self, pages: int = 0) -> KVCache:
+    def session(self, pages: int = 0, owner: str = "") -> KVCache:
+        """One that has had a result, where it holds any pages."""
         cache: KVCache = self.engine.new_cache()
+        cache.owner = owner
         assert not pages or self.ask(cache, pages)
+        self.admission.used(cache, answered=True)
         return cache
 
 
@@ -218,6 +221,35 @@ def test_where_nothing_can_run_the_last_to_come_makes_room_soon(memory: Memory, 
     assert [bool(cache.length) for cache in caches] == [True, True, False]
 
 
+def test_a_newcomer_evicts_nobody_soon_where_nothing_can_run(memory: Memory, clock: Clock) -> None:
+    caches, newcomer = full(memory, clock), memory.session()
+    waiting = [*caches, newcomer]
+    assert not memory.ask(newcomer, 1, pending=waiting, alone=True)
+    clock.now += STUCK_SECONDS + BRIEF
+    assert not memory.ask(newcomer, 1, pending=waiting, alone=True) and not memory.evicted
+
+
+def test_an_idle_session_that_holds_nothing_does_not_hide_that_nothing_can_run(memory: Memory, clock: Clock) -> None:
+    caches = full(memory, clock)
+    caches[1].clear()
+    assert not memory.ask(caches[0], 6, pending=[caches[0], caches[2]], alone=True)
+    clock.now += STUCK_SECONDS + BRIEF
+    assert memory.ask(caches[0], 6, pending=[caches[0], caches[2]], alone=True)
+
+
+def test_who_had_no_result_yet_is_not_evicted_for_who_waited_long(memory: Memory, clock: Clock) -> None:
+    reading, newcomer = memory.engine.new_cache(), memory.session()
+    assert memory.ask(reading, PAGES)
+    assert not memory.ask(newcomer, 1, pending=[reading])
+    clock.now += 10 * PATIENCE_SECONDS
+    assert not memory.ask(newcomer, 1, pending=[reading])
+    memory.admission.used(reading, answered=True)
+    clock.now += PATIENCE_SECONDS - BRIEF
+    assert not memory.ask(newcomer, 1, pending=[reading])
+    clock.now += 2 * BRIEF
+    assert memory.ask(newcomer, 1, pending=[reading])
+
+
 def test_where_a_session_is_between_two_tokens_nobody_is_evicted_soon(memory: Memory, clock: Clock) -> None:
     caches = full(memory, clock)
     assert not memory.ask(caches[0], 3, pending=caches[:2], alone=True)
@@ -273,6 +305,51 @@ def test_prompts_that_hold_up_each_other_come_to_an_end_one_after_the_other(line
     assert [code(job) for job in jobs] == [None] * 3
 
 
+def test_a_prompt_is_let_in_with_memory_for_all_of_it(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cloud_backend.turns.CHUNK_ALONE", {"cpu": PAGE})
+    first, second = (line.submit(append(line.engine.new_cache(), (PAGES - 1) * PAGE)) for _ in range(2))
+    assert list(line.step()) == [first]
+    assert (first.sent, first.cache.held, second.cache.held) == (PAGE // 2, PAGES - 1, 0)
+
+
+@pytest.mark.parametrize(("count", "prompt", "fits"), [(50, 200, 5), (60, 1000, 22)])
+def test_more_prompts_than_fit_all_come_to_an_end(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, count: int, prompt: int, fits: int
+) -> None:
+    monkeypatch.setattr("cloud_backend.turns.time", clock)
+    tokens = 20
+    line = Line(JobEngine(fits * -(-(prompt + tokens) // PAGE)))
+    left = {line.engine.new_cache(): tokens for _ in range(count)}
+    length = dict.fromkeys(left, prompt)  # that the device would send again
+    asked = {cache: line.submit(append(cache, prompt)) for cache in left}
+    began = clock.now
+    while asked:
+        step = line.step()
+        clock.now += BRIEF + sum(len(piece.embeddings) for piece in step.values()) / 1000
+        assert clock.now - began < 2 * count * (prompt + tokens) / 1000, "they hold up each other"
+        for cache, job in list(asked.items()):
+            if job.done.done():
+                del asked[cache]
+                if code(job) is not None:
+                    asked[cache] = line.submit(append(cache, length[cache], keep=0))
+                elif left[cache]:
+                    left[cache] -= 1
+                    length[cache] += 1
+                    asked[cache] = line.submit(append(cache, 1))
+                else:
+                    line.turns.forget(cache)
+                    cache.clear()
+    assert line.engine.evictions < count
+    line.close()
+
+
+def test_prompts_that_wait_for_memory_do_not_hold_the_turns_of_those_that_have_it(line: Line) -> None:
+    held = [line.submit(append(line.engine.new_cache(), 2 * PAGE)) for _ in range(3)]
+    waiting = [line.submit(append(line.engine.new_cache(), PAGES * PAGE)) for _ in range(100)]
+    line.step()
+    assert set(line.step()) == set(held) and not any(job.cache.held for job in waiting)
+
+
 def test_what_needs_no_memory_is_not_held_up(clock: Clock) -> None:
     engine: Any = JobEngine(None)
     line = Line(engine)
@@ -289,9 +366,7 @@ def owned(memory: Memory, clock: Clock, **pages: int) -> dict[str, KVCache]:
     """A session of each owner, used one after the other."""
     caches = {}
     for owner, count in pages.items():
-        caches[owner] = memory.engine.new_cache()
-        caches[owner].owner = owner.rstrip("0123456789")
-        assert memory.ask(caches[owner], count)
+        caches[owner] = memory.session(count, owner.rstrip("0123456789"))
         clock.now += BRIEF
     return caches
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from typing import Any
+
+import pytest
 
 from cloud_backend.kv_cache import PAGE
 from cloud_backend.scheduler import Scheduler
@@ -134,6 +138,39 @@ def test_an_engine_that_fails_is_internal_for_that_step_and_the_next_one_runs() 
         assert code(await scheduler.submit(engine, append(cache, 2))) is None
 
     drive(test)
+
+
+def test_a_session_that_ended_during_its_step_is_forgotten() -> None:
+    async def test(scheduler: Scheduler, engine: HeldEngine) -> None:
+        task = submitted(scheduler, engine, append(engine.new_cache(), 2))
+        await eventually(lambda: len(engine.steps) == 1)
+        ended = weakref.ref(engine.steps[0][0].cache)
+        scheduler.release(engine, engine.steps[0][0].cache)
+        engine.let()
+        await task
+        await scheduler.submit(engine, append(engine.new_cache(), 2))
+        engine.steps.clear()
+        del task
+        gc.collect()
+        assert ended() is None
+
+    drive(test)
+
+
+def test_a_scheduler_that_fails_answers_all_that_wait_and_all_that_come() -> None:
+    async def test() -> None:
+        scheduler, engine = Scheduler(), HeldEngine()
+        scheduler.on_step = lambda *step: [][0]
+        engine.let()
+        run = asyncio.create_task(scheduler.run())
+        waiting = [submitted(scheduler, engine, append(engine.new_cache(), 2 * CHUNK)) for _ in range(3)]
+        async with asyncio.timeout(PATIENCE):
+            assert [code(timed) for timed in await asyncio.gather(*waiting)] == ["internal"] * 3
+            assert code(await scheduler.submit(engine, append(engine.new_cache(), 1))) == "internal"
+            with pytest.raises(IndexError):
+                await run
+
+    asyncio.run(test())
 
 
 def test_who_lost_memory_to_others_is_counted_and_told() -> None:

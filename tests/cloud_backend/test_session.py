@@ -49,6 +49,28 @@ def test_the_resume_secret_has_128_bits_and_is_new_each_time() -> None:
     assert len(secrets) == 8 and min(map(len, secrets)) >= 22  # base64
 
 
+def test_two_resumes_during_one_step_do_not_count_what_that_step_adds() -> None:
+    cloud = Cloud()
+    (first,) = cloud.receive(OPEN)
+    cloud.ask(append(1, 0, 1, 2, 3))
+    cloud.receive(append(2, 3, 4, 5))
+    work = cloud.session.start()  # it runs on while the device comes back, twice
+    assert work is not None
+    lengths = []
+    for _ in range(2):
+        cloud.connect()
+        (reply,) = cloud.receive(wire.Open(model="tiny", key_id="key", resume=first.resume))
+        lengths.append(reply.kv_length)
+        cloud.receive(append(1, 9, 6))
+        assert codes(cloud.run()) == ["out_of_step"]  # which says nothing of the step
+        cloud.engine.run([work])
+    assert lengths == [3, 3]
+    cloud.ask(append(2, 3, 7))
+    cloud.connect()
+    (reply,) = cloud.receive(wire.Open(model="tiny", key_id="key", resume=first.resume))
+    assert reply.kv_length == 4
+
+
 @pytest.mark.parametrize("computed", wire.FLOATS)
 def test_dtype_auto_is_what_the_engine_computes_in(computed: str) -> None:
     assert Cloud(dtype=computed).receive(OPEN)[0].dtype == computed

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
 
 from cloud_backend.admission import Allowance
 from cloud_backend.engine import Work
@@ -15,6 +17,8 @@ from cloud_backend.record import Record, positions
 from cloud_backend.scheduler import Scheduler
 from cloud_backend.session import Session
 from shared.wire import ErrorCode
+
+log = logging.getLogger("stip.cloud")
 
 LAST_SECONDS = 2.0  # for a device to take a reply once the server stops, or its token is gone
 
@@ -65,16 +69,17 @@ class Connection:
     async def run(self) -> None:
         """Until the socket closes, or the session wants it closed."""
         worker = asyncio.create_task(self._work())
-        with contextlib.suppress(ConnectionClosed):
-            while self._session.closing is None:
-                await self._receive()
-                self._received.set()
-                await self.flush()
-        worker.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await worker
-        self._over = True
-        self._answered.set()  # a drain that waits for answers would wait for all its time
+        try:
+            with contextlib.suppress(ConnectionClosed):
+                while self._session.closing is None:
+                    await self._receive()
+                    self._received.set()
+                    await self.flush()
+        finally:
+            worker.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await worker
+            self._ended()
 
     async def _receive(self) -> None:
         session = self._session
@@ -104,24 +109,39 @@ class Connection:
             self.record.opened(session.context.served_name, session.public_id)
 
     async def _work(self) -> None:
+        """Answers until the socket is gone. Should that fail, the connection ends."""
+        try:
+            with contextlib.suppress(ConnectionClosed):
+                await self._answer()
+        except Exception as error:
+            log.error("connection failed: %s", type(error).__name__)  # its text could quote tensors
+            self._session.closing = self._session.closing or (CloseCode.INTERNAL_ERROR, "the cloud failed")
+            self._session.outbox.clear()
+            await self._close()
+        finally:
+            self._ended()
+
+    def _ended(self) -> None:
+        """Nothing is answered any more: a reader that waits for room, or a drain for answers, would wait forever."""
+        self._over = True
+        self._answered.set()
+
+    async def _answer(self) -> None:
         """Takes the session's work to the engine, one after the other, and sends what comes of it."""
         session = self._session
-        with contextlib.suppress(ConnectionClosed):
-            while True:
-                await self._received.wait()
-                self._received.clear()
-                while (work := await self._next()) is not None:
-                    assert session.context is not None
-                    engine, arrived = session.context.engine, session.arrived
-                    timed = await self._scheduler.submit(engine, work, session.dropped)
-                    self.record.answered(engine, work, arrived, timed.result)
-                    session.finish(timed.result, queue_us=timed.queue_us, compute_us=timed.compute_us)
-                    self._answered.set()
-                    await self.flush()
+        while True:
+            await self._received.wait()
+            self._received.clear()
+            while (work := await self._next()) is not None:
+                assert session.context is not None
+                engine, arrived = session.context.engine, session.arrived
+                timed = await self._scheduler.submit(engine, work, session.dropped)
+                self.record.answered(engine, work, arrived, timed.result)
+                session.finish(timed.result, queue_us=timed.queue_us, compute_us=timed.compute_us)
                 self._answered.set()
                 await self.flush()
-        self._over = True
-        self._answered.set()  # a reader that waits for room would wait forever
+            self._answered.set()
+            await self.flush()
 
     async def _next(self) -> Work | None:
         """The next work, once the token may have it computed. A request that waits for that can still be cancelled."""
@@ -154,6 +174,7 @@ class Connection:
         self._closing = asyncio.create_task(self._close())
 
     async def _close(self) -> None:
+        self._answered.set()  # a reader that waits for room waits for nothing
         with contextlib.suppress(ConnectionClosed):
             await self.flush()
 

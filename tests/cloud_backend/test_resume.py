@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -197,6 +198,45 @@ def test_a_connection_that_was_closed_for_a_newer_one_ends_nothing(cloud: Runnin
     reset(newer)
     with again(cloud, tiny, newer) as newest:
         assert newest.opened.kv_length == 40
+
+
+def test_a_connection_with_no_room_for_more_requests_is_closed_for_a_newer_one(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cloud_backend.session.MOST_PENDING", 1)
+    with run_cloud(tiny) as cloud:
+        real, begun, let = cloud.engine.run, threading.Event(), threading.Event()
+
+        def held(batch: Any) -> Any:
+            begun.set()
+            assert let.wait(2 * PATIENCE)
+            return real(batch)
+
+        cloud.engine.run = held  # type: ignore[method-assign]
+        older = Device(cloud.url, open_of(tiny))
+        name = open_of(tiny).model
+        for keep in range(3):
+            older.send(older.append(keep, EMBEDDINGS[keep : keep + 1]))
+        assert begun.wait(PATIENCE)
+        with again(cloud, tiny, older):
+            assert close_code(older.socket) == 1008
+            assert eventually(lambda: cloud.server.metrics.sessions_open(name) == 1)  # while its step still runs
+            let.set()
+
+
+def test_a_connection_of_which_the_answers_fail_is_closed(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_: Any) -> None:
+        raise ValueError("0.25 0.5")
+
+    monkeypatch.setattr("cloud_backend.record.Record.answered", failing)
+    with run_cloud(tiny) as cloud:
+        device = Device(cloud.url, open_of(tiny))
+        device.send(device.append(0, EMBEDDINGS[:3]))
+        assert close_code(device.socket) == 1011
+        assert eventually(lambda: used(cloud) == 0)
+    assert "connection failed: ValueError" in caplog.text and "0.25" not in caplog.text
 
 
 @pytest.mark.parametrize("secret", ["", "guess", "x" * 512])

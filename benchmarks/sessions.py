@@ -29,7 +29,7 @@ from benchmarks.plain import RESULTS, machine
 from benchmarks.timelines import per_token, percentiles
 from benchmarks.watch import Sample, Watch
 
-KV_BYTES = 256 * 2**20
+KV_BYTES = 2**30
 TOKENS, TURNS = 32, 3  # of an answer; of a conversation: 50 active ones fit the budget, 1,000 do not
 SERVER_MOST = 1.25  # memory beyond the ready server's, in KV budgets
 GROWTH_MOST = 0.02  # from the middle third to the last, in KV budgets

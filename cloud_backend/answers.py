@@ -11,6 +11,7 @@ from cloud_backend.engine import AppendWork, HiddenRows, LogitRows, Outcome, not
 from cloud_backend.tensors import TORCH_DTYPES, to_device, to_host, to_numpy
 from shared.wire import DTYPES, Array, FloatName
 
+SLICE = 8  # works
 Classify = Callable[[torch.Tensor], torch.Tensor]  # last hidden states [rows, hidden] to logits [rows, vocab]
 
 
@@ -26,9 +27,21 @@ def answers(works: Sequence[AppendWork], states: Sequence[torch.Tensor], classif
             found = hidden_rows(of, hidden.to(TORCH_DTYPES[dtype]))
         else:
             assert classify is not None
-            found = logit_rows(of, classify(hidden).to(TORCH_DTYPES[dtype]))
+            found = _in_slices(of, classify(hidden).to(TORCH_DTYPES[dtype]))
         for at, result in zip(chosen, found, strict=True):
             results[at] = result
+    return results
+
+
+def _in_slices(works: Sequence[AppendWork], logits: torch.Tensor) -> list[Outcome]:
+    """`logit_rows`, of few works at a time on a processor: a vocabulary of float32 is not small."""
+    if logits.device.type == "cuda":
+        return logit_rows(works, logits)
+    ends = _of_each(works)
+    results: list[Outcome] = []
+    for first in range(0, len(works), SLICE):
+        some = slice(first, first + SLICE)
+        results += logit_rows(works[some], logits[ends[some][0][0] : ends[some][-1][1]])
     return results
 
 

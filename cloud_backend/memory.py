@@ -12,8 +12,8 @@ import os
 
 from cloud_backend.scheduler import Scheduler
 
-PREPARED = 32  # matrix products that are kept: more than the shapes of one step
-TRIM_SECONDS = 10.0
+PREPARED = 16  # matrix products that are kept: more than the shapes of one step
+TRIM_SECONDS = 2.0
 
 
 def bound_preparations() -> None:

@@ -43,7 +43,7 @@ LEAST = {  # of each kind, and of what came of them
     "told to cancel": 15,  # the cloud was, by a Cancel behind a request that it had not answered
     "left": 10,
     "killed": KILLS,
-    "evicted": 30,
+    "evicted": 10,
     "told of eviction": 5,  # within a connection: others find out when they come back
     "resumed": 10,
 }

@@ -119,6 +119,9 @@ class _Clock:
         self.moments = []
         return _Ticking(self._tokenizer.detokenizer(), self.moments)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._tokenizer.token_bytes(token_id)
+
 
 class _Ticking:
     def __init__(self, stream: Detokenizer, moments: list[float]) -> None:

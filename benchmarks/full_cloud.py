@@ -55,7 +55,8 @@ def plain_engine(dtype: str) -> PlainEngine:
 
 def row_of(rows: LogitRows) -> Row:
     """What the device's sampler takes."""
-    return Row(rows.values[0].astype(np.float32), rows.ids[0].astype(np.int64), float(rows.log_sum_exp[0, 1]), False)
+    at_one, at_temperature = rows.log_sum_exp[0].tolist()
+    return Row(rows.values[0].astype(np.float32), rows.ids[0].astype(np.int64), at_temperature, at_one, full=False)
 
 
 async def main(dtype: str) -> None:

@@ -89,6 +89,9 @@ class NoText:
     def detokenizer(self) -> Detokenizer:
         raise self._error()
 
+    def token_bytes(self, token_id: int) -> bytes:
+        raise self._error()
+
     @staticmethod
     def _error() -> UsageError:
         return UsageError("text: seen some, wanted none, as this bundle's model takes images alone")

@@ -36,6 +36,11 @@ class PieceTokenizer:
     def detokenizer(self) -> PieceStream:
         return PieceStream(self._pieces)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a piece adds to a text, in UTF-8."""
+        piece = self._pieces.get(token_id, "")
+        return piece.replace(SPACE, " ").encode()
+
 
 class PieceStream:
     """The text of one stream of ids."""

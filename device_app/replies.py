@@ -41,7 +41,8 @@ def revealed_rows(
     both = message.log_sum_exp.tolist()
     if not all(math.isfinite(at_one) and math.isfinite(at_temperature) for at_one, at_temperature in both):
         raise DishonestError("log-sum-exp: seen NaN or infinity, wanted finite values")
-    masses = [pair[temperature != 1] for pair in both]
+    # (at 1, at the temperature): at 1 the second is not used, and not looked at.
+    masses = [(at_one, at_one if temperature == 1 else at_temperature) for at_one, at_temperature in both]
     if full:
         ends = [(float(row.max()), float(row.min())) for row in values]
     else:
@@ -51,15 +52,20 @@ def revealed_rows(
         if any(len(set(row)) < len(row) for row in ids.tolist()):
             raise DishonestError("ids: seen one twice in a row")
         ends = [(float(row[0]), float(row[-1])) for row in values]
-    for row, (top, least), mass in zip(values, ends, masses, strict=True):
-        _check_row(row, top, least, temperature, mass, vocab_size)
+    for row, (top, least), (at_one, at_temperature) in zip(values, ends, masses, strict=True):
+        _check_row(row, top, least, 1.0, at_one, vocab_size)
+        if temperature != 1:
+            _check_row(row, top, least, temperature, at_temperature, vocab_size)
     try:
         plain = np.arange(vocab_size)[None].repeat(len(ids), 0) if full else key.reveal_ids(ids)
     except IndexError:
         raise DishonestError(f"ids: seen one that is not less than {vocab_size}") from None
     if full:
         values = key.reveal_rows(values)
-    return [Row(values[row], plain[row], masses[row], full) for row in range(rows)]
+    return [
+        Row(values[row], plain[row], at_temperature, at_one, full)
+        for row, (at_one, at_temperature) in enumerate(masses)
+    ]
 
 
 def classified_rows(hidden: Array, classify: Callable[[Array], Array], temperature: float) -> list[Row]:
@@ -68,14 +74,19 @@ def classified_rows(hidden: Array, classify: Callable[[Array], Array], temperatu
 
 
 def _full_row(values: Array, temperature: float) -> Row:
-    """A row of all logits [vocab_size] with their log-sum-exp at `temperature`."""
+    """A row of all logits [vocab_size] with their log-sum-exp at `temperature` and at 1."""
     top, least = float(values.max()), float(values.min())
     if not (math.isfinite(top) and math.isfinite(least)):  # either is NaN if any value is
         raise DishonestError("hidden: seen values that no logits can be computed of, wanted a model's")
+    at_one = _log_sum_exp(values, top, 1.0)
+    at_temperature = at_one if temperature == 1 else _log_sum_exp(values, top, temperature)
+    return Row(values, np.arange(len(values)), at_temperature, at_one, full=True)
+
+
+def _log_sum_exp(values: Array, top: float, temperature: float) -> float:
     with np.errstate(over="ignore"):  # so far below the top that it weighs nothing
         below = (values - np.float32(top)) / np.float32(temperature)
-    mass = top / temperature + math.log(np.exp(below).sum(dtype=np.float64))
-    return Row(values, np.arange(len(values)), mass, full=True)
+    return top / temperature + math.log(np.exp(below).sum(dtype=np.float64))
 
 
 def _check_row(values: Array, top: float, least: float, temperature: float, mass: float, vocab_size: int) -> None:

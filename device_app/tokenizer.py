@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import importlib.util
+import json
 import re
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -27,13 +28,16 @@ class Detokenizer(Protocol):
 
 
 class Tokenizer(Protocol):
-    """Text to ids; `detokenizer` gives a fresh stream for the way back."""
+    """Text to ids; `detokenizer` gives a fresh stream for the way back, `token_bytes` what one id stands for."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`. Special tokens in it are recognised; none is added. Lone surrogates count as U+FFFD."""
 
     def detokenizer(self) -> Detokenizer:
         """A fresh stream."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text, in UTF-8, perhaps a part of a character; nothing for ids past the table."""
 
 
 def open_tokenizer(folder: Path, kind: Literal["onnx", "json", "sentencepiece"]) -> Tokenizer:
@@ -107,6 +111,9 @@ class OnnxTokenizer:
     def detokenizer(self) -> Detokenizer:
         return _BytesStream(self._table)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._table.piece(token_id)
+
 
 class _Table:
     """The bytes of every token."""
@@ -134,6 +141,20 @@ class _BytesStream:
         return self._utf8.decode(b"", final=True)
 
 
+# The characters that byte-level tokenizers write bytes as: themselves where they can be seen, else those from 256 on.
+_SEEN = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_BYTE_LEVEL = dict(zip(map(chr, _SEEN), _SEEN, strict=True)) | {
+    chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_SEEN)))
+}
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+
+
+def _decoders(tokenizer: tokenizers.Tokenizer) -> set[str]:
+    """Kinds of the steps by which tokens become text."""
+    decoder = json.loads(tokenizer.to_str())["decoder"] or {}
+    return {step["type"] for step in (decoder, *decoder.get("decoders", ())) if step}
+
+
 class JsonTokenizer:
     """tokenizer.json, by the library tokenizers."""
 
@@ -142,6 +163,8 @@ class JsonTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise _unreadable(path, error) from None
+        self._decoders = _decoders(self._tokenizer)
+        self._anchor = next(iter(self.encode("a")), 0)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(_valid(text), add_special_tokens=False).ids
@@ -149,6 +172,19 @@ class JsonTokenizer:
 
     def detokenizer(self) -> Detokenizer:
         return _JsonStream(self._tokenizer)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if "ByteLevel" in self._decoders and _BYTE_LEVEL.keys() >= set(token):
+            return bytes(map(_BYTE_LEVEL.__getitem__, token))
+        if "ByteFallback" in self._decoders and _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        # Decoders may treat the first token otherwise (its blank goes), so it comes second.
+        before: str = self._tokenizer.decode([self._anchor], skip_special_tokens=False)
+        both: str = self._tokenizer.decode([self._anchor, token_id], skip_special_tokens=False)
+        return both[len(before) :].encode()
 
 
 class _JsonStream:

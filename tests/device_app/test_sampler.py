@@ -55,14 +55,14 @@ def log_sum_exp(values: Array, temperature: float, ulps: int = 0) -> float:
 
 
 def full_row(values: Array, temperature: float) -> Row:
-    return Row(values, np.arange(len(values)), log_sum_exp(values, temperature), full=True)
+    return Row(values, np.arange(len(values)), log_sum_exp(values, temperature), log_sum_exp(values, 1.0), full=True)
 
 
 def top_row(values: Array, k: int, temperature: float, random: np.random.Generator, ulps: int = 0) -> Row:
     """The top k in no order; which of several equal ones at the edge are among them is chance."""
     ids = np.lexsort((random.random(len(values)), -values))[:k]
     ids = random.permutation(ids)
-    return Row(values[ids], ids, log_sum_exp(values, temperature, ulps), full=False)
+    return Row(values[ids], ids, log_sum_exp(values, temperature, ulps), log_sum_exp(values, 1.0), full=False)
 
 
 samplings = st.builds(
@@ -128,7 +128,7 @@ def test_the_order_in_which_a_row_arrives_changes_nothing() -> None:
     ids = np.argsort(-values, kind="stable")[:200]
     shuffled = random.permutation(200)
     lse = log_sum_exp(values, 1.0)
-    one, other = Row(values[ids], ids, lse, False), Row(values[ids[shuffled]], ids[shuffled], lse, False)
+    one, other = Row(values[ids], ids, lse, lse, False), Row(values[ids[shuffled]], ids[shuffled], lse, lse, False)
     assert [sampler.choose(one, at) for at in range(200)] == [sampler.choose(other, at) for at in range(200)]
 
 
@@ -166,7 +166,7 @@ def test_a_log_sum_exp_that_is_a_lie_gives_an_id_of_the_row_or_none(lie: float, 
     ids = np.argsort(-values)[:256]
     sampler = Sampler(Sampling(temperature=temperature, top_p=0.9, min_p=0.01), 1000)
     for position in range(20):
-        token = sampler.choose(Row(values[ids], ids, lie, False), position)
+        token = sampler.choose(Row(values[ids], ids, lie, lie, False), position)
         assert token is None or token in ids
 
 
@@ -189,7 +189,7 @@ def test_a_penalty_above_one_may_push_all_that_are_seen_below_an_unseen_id() -> 
 def test_greedy_leaves_a_tie_that_reaches_beyond_the_row_to_the_full_row() -> None:
     values = np.zeros(400, np.float32)
     values[100:] = 3.0  # 300 are equal, 256 arrive
-    row = Row(values[120:376], np.arange(120, 376), log_sum_exp(values, 0), False)
+    row = Row(values[120:376], np.arange(120, 376), log_sum_exp(values, 0), 0.0, False)
     sampler = Sampler(Sampling(), 400)
     assert sampler.choose(row, 0) is None
     assert sampler.choose(full_row(values, 0), 0) == 100
@@ -343,7 +343,7 @@ def test_greedy_takes_the_lowest_plain_id_of_equal_ones(shuffled_from: int) -> N
     values = np.zeros(300, np.float32)
     values[[250, 17, 90]] = 2.5
     order = np.random.default_rng(shuffled_from).permutation(300)
-    row = Row(values[order], order, log_sum_exp(values, 0), full=True)
+    row = Row(values[order], order, log_sum_exp(values, 0), 0.0, full=True)
     assert Sampler(Sampling(), 300).choose(row, 0) == 17
 
 
@@ -420,9 +420,9 @@ def test_an_option_out_of_range_is_refused_by_name_and_value(name: str, value: f
 def test_banned_ids_are_as_if_they_were_not_in_the_vocabulary(seed: int, banned: set[int], temperature: float) -> None:
     values = np.random.default_rng(seed).normal(0, 2, 40).round(1).astype(np.float32)  # rounded: some are equal
     sampling = Sampling(temperature=temperature, top_p=0.9, seed=seed)
-    row = Row(values, np.arange(40), float(np.logaddexp.reduce(values / (temperature or 1))), full=True)
+    row = Row(values, np.arange(40), float(np.logaddexp.reduce(values / (temperature or 1))), 0.0, full=True)
     kept = np.array([token for token in range(40) if token not in banned])
-    others = Row(values[kept], kept, float(np.logaddexp.reduce(values[kept] / (temperature or 1))), full=True)
+    others = Row(values[kept], kept, float(np.logaddexp.reduce(values[kept] / (temperature or 1))), 0.0, full=True)
     expected = Sampler(sampling, 40).choose(others, 7)
     sampler = Sampler(sampling, 40, banned=banned)
     assert sampler.choose(row, 7) == expected
@@ -431,5 +431,5 @@ def test_banned_ids_are_as_if_they_were_not_in_the_vocabulary(seed: int, banned:
 
 
 def test_where_every_id_is_banned_none_is_chosen() -> None:
-    row = Row(np.zeros(3, np.float32), np.arange(3), 1.0, full=True)
+    row = Row(np.zeros(3, np.float32), np.arange(3), 1.0, 1.0, full=True)
     assert Sampler(Sampling(), 3, banned=range(3)).choose(row, 0) is None

@@ -1,0 +1,36 @@
+"""Log-probabilities of a model's own distribution: at temperature 1, before bias, penalties and grammar."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from device_app.sampler import Row
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The natural log of a chosen token's probability, and the most likely tokens with theirs, best first."""
+
+    id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+def logprobs_of(row: Row, token: int, top: int) -> TokenLogprobs | None:
+    """Those of `token` and of the `top` most likely, equal ones by plain id; None where only the full row can tell."""
+    [places] = np.nonzero(row.ids == token)
+    if not places.size or (top > len(row.values) and not row.full):
+        return None
+    values, ids = row.values, row.ids
+    if top < len(values):
+        edge = np.partition(values, -top)[-top] if top else np.inf
+        if top and not row.full and edge == values.min():
+            return None  # others that were not sent may be equal
+        likely = np.flatnonzero(values >= edge)
+        values, ids = values[likely], ids[likely]
+    best = np.lexsort((ids, -values))[:top]
+    logprobs = (values[best].astype(np.float64) - row.log_sum_exp_at_one).tolist()
+    chosen = float(row.values[places[0]]) - row.log_sum_exp_at_one
+    return TokenLogprobs(token, chosen, list(zip(ids[best].tolist(), logprobs, strict=True)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from device_app.adjustments import Allowed
 from device_app.sampler import Row, Sampler, Sampling, uniform
 from shared.errors import UsageError
 from shared.wire import Array
@@ -72,8 +74,31 @@ samplings = st.builds(
     top_p=st.sampled_from([1.0, 1.0, 0.05, 0.5, 0.9, 0.95, 0.999]),
     min_p=st.sampled_from([0.0, 0.0, 0.001, 0.05, 0.3, 1.0]),
     repetition_penalty=st.sampled_from([1.0, 1.0, 0.5, 0.9, 1.1, 1.3, 2.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 0.5, -0.5, 2.0]),
+    presence_penalty=st.sampled_from([0.0, 0.0, 0.7, -1.0]),
+    logit_bias=st.dictionaries(
+        st.integers(0, 299), st.sampled_from([-100.0, -5.0, -0.1, 0.1, 2.0, 30.0, 100.0]), max_size=6
+    ),
     seed=st.integers(0, 2**64 - 1),
 )
+plain_samplings = samplings.map(lambda one: replace(one, logit_bias={}, frequency_penalty=0.0, presence_penalty=0.0))
+
+
+def made_allowed(kind: str, values: Array, random: np.random.Generator) -> Allowed | None:
+    """Ids that a grammar may leave: of all kinds, likely and unlikely."""
+    vocab = len(values)
+    if kind == "all":
+        return None
+    if kind == "half":
+        return random.random(vocab) < 0.5
+    allowed = np.zeros(vocab, bool)
+    if kind == "likely and not":
+        allowed[np.argsort(-values)[: random.integers(1, 40)]] = True
+    allowed[random.integers(vocab, size=random.integers(1, 6))] = True
+    return allowed
+
+
+ALLOWED = ("all", "all", "half", "few", "likely and not")
 
 
 # --- (a) the partial row and the full one ---
@@ -84,24 +109,37 @@ samplings = st.builds(
     shape=st.sampled_from(SHAPES),
     vocab=st.sampled_from([300, 311, 1000, 5000]),
     k=st.sampled_from([1, 2, 16, 64, 256, 299]),
-    sampling=samplings,
+    sampling=st.one_of(plain_samplings, samplings),
     prompt_length=st.sampled_from([0, 1, 20, 200]),
+    banned=st.sets(st.integers(0, 299), max_size=4),
+    kind=st.sampled_from(ALLOWED),
     made_from=st.integers(0, 2**32 - 1),
     ulps=st.sampled_from([-1, 0, 1]),
 )
 def test_top_rows_give_the_token_of_the_full_row_or_none(
-    shape: str, vocab: int, k: int, sampling: Sampling, prompt_length: int, made_from: int, ulps: int
+    shape: str,
+    vocab: int,
+    k: int,
+    sampling: Sampling,
+    prompt_length: int,
+    banned: set[int],
+    kind: str,
+    made_from: int,
+    ulps: int,
 ) -> None:
     random = np.random.default_rng(made_from)
     values = made_values(shape, vocab, random)
     prompt = random.integers(vocab, size=prompt_length)
     if prompt_length > 1:
         prompt[: prompt_length // 2] = np.argsort(-values)[: prompt_length // 2]  # repetition is of likely ids
-    sampler = Sampler(sampling, vocab, prompt.tolist())
+    sampler = Sampler(sampling, vocab, prompt.tolist(), banned)
+    allowed = made_allowed(kind, values, random)
     partial, full = top_row(values, k, sampling.temperature, random, ulps), full_row(values, sampling.temperature)
     for position in range(DRAWS_A_ROW):
-        token = sampler.choose(partial, position)
-        assert token is None or token == sampler.choose(full, position)
+        token, right = sampler.choose(partial, position, allowed), sampler.choose(full, position, allowed)
+        assert token is None or token == right
+        if right is not None:
+            sampler.observe(right)  # so that the penalties grow
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -207,6 +245,9 @@ def test_greedy_leaves_a_tie_that_reaches_beyond_the_row_to_the_full_row() -> No
         ("peaked", Sampling(temperature=1.5, min_p=0.05), 0.0),
         ("peaked", Sampling(temperature=0.5, top_k=50), 0.0),
         ("peaked", Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.1), 0.05),
+        ("peaked", Sampling(temperature=1.0, top_p=0.9, frequency_penalty=0.5, presence_penalty=0.5), 0.0),
+        ("peaked", Sampling(temperature=1.0, logit_bias=dict.fromkeys(range(0, 5000, 100), -100.0)), 0.01),
+        ("peaked", Sampling(temperature=1.0, logit_bias=dict.fromkeys(range(0, 5000, 100), 5.0)), 0.01),
         ("plain", Sampling(temperature=1.0, top_k=40), 0.0),
         ("plain", Sampling(temperature=0.5, top_p=0.9), 0.01),
     ],
@@ -236,13 +277,20 @@ def test_full_rows_are_needed_on_flat_ones() -> None:
 # --- (b) the full row and a plain reference ---
 
 
-def reference(values: Array, sampling: Sampling, seen: set[int], u: float) -> int:
+def reference(
+    values: Array, sampling: Sampling, prompt: set[int], answer: list[int], allowed: Allowed | None, u: float
+) -> int:
     """PROTOCOL.md, section 8, one step after the other."""
     logits = [float(value) for value in values]
-    for token in seen if sampling.repetition_penalty != 1 else ():
+    for token in prompt.union(answer) if sampling.repetition_penalty != 1 else ():
         scale = sampling.repetition_penalty
         logits[token] = logits[token] / scale if logits[token] > 0 else logits[token] * scale
-    kept = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+    for token in range(len(logits)):
+        count, added = answer.count(token), sampling.logit_bias.get(token, 0.0)
+        subtracted = sampling.frequency_penalty * count + sampling.presence_penalty * (count > 0)
+        logits[token] += added - subtracted
+    choosable = [token for token in range(len(logits)) if allowed is None or allowed[token]]
+    kept = sorted(choosable, key=lambda token: (-logits[token], token))
     if sampling.temperature == 0:
         return kept[0]
     scaled = np.array([logits[token] for token in kept]) / sampling.temperature
@@ -272,17 +320,22 @@ def reference(values: Array, sampling: Sampling, seen: set[int], u: float) -> in
     vocab=st.sampled_from([300, 700]),
     sampling=samplings,
     prompt=st.sets(st.integers(0, 299), max_size=40),
+    kind=st.sampled_from(ALLOWED),
     made_from=st.integers(0, 2**32 - 1),
     position=st.integers(0, 100_000),
 )
 def test_a_full_row_gives_the_token_of_the_specification(
-    shape: str, vocab: int, sampling: Sampling, prompt: set[int], made_from: int, position: int
+    shape: str, vocab: int, sampling: Sampling, prompt: set[int], kind: str, made_from: int, position: int
 ) -> None:
-    values = made_values(shape, vocab, np.random.default_rng(made_from))
+    random = np.random.default_rng(made_from)
+    values = made_values(shape, vocab, random)
+    allowed, answer = made_allowed(kind, values, random), list[int]()
     sampler = Sampler(sampling, vocab, prompt)
     for at in range(position, position + 4):
-        token = sampler.choose(full_row(values, sampling.temperature), at)
-        assert token == reference(values, sampling, prompt, uniform(sampling.seed, at))
+        token = sampler.choose(full_row(values, sampling.temperature), at, allowed)
+        assert token == reference(values, sampling, prompt, answer, allowed, uniform(sampling.seed, at))
+        sampler.observe(token)
+        answer.append(token)
 
 
 def test_a_token_that_was_chosen_is_penalised_from_then_on() -> None:

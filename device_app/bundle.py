@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from shared.manifest import DeviceManifest, ImageFormat, Kind, check_files, read
 from shared.wire import Array
 
 if TYPE_CHECKING:
+    from device_app.grammar import Grammar
     from device_app.images import Source
 
 
@@ -154,6 +156,15 @@ class Bundle:
         """Raises UsageError where `what` does not go with this bundle's kind of model."""
         if self.manifest.kind not in kinds:
             raise UsageError(f"{what}: seen a bundle of the kind {self.manifest.kind!r}, wanted {' or '.join(kinds)}")
+
+    @cached_property
+    def grammar(self) -> Grammar:
+        """Makes constraints for this bundle's answers. Raises UsageError for a model that gives no text."""
+        self.want_kind("grammar", "decoder", "vision-decoder", "encoder-decoder")
+        from device_app.grammar import Grammar  # its library: only where it is asked for
+
+        manifest = self.manifest
+        return Grammar(self.tokenizer, manifest.vocab_size, manifest.end_ids, manifest.hidden_ids)
 
     def look(self, source: Source) -> Array:
         """Embeddings of an image. Raises UsageError for what is no image, and where the model takes none."""

@@ -1,18 +1,34 @@
-"""Answers of a form that is given beforehand, JSON of a schema for one: which tokens may come next."""
+"""Answers of a form that is given beforehand, JSON of a schema for one: which tokens may come next.
+
+The grammars are llguidance's. It is given the tokens' bytes as this project's tokenizers know them, not a tokenizer's
+file, whose decoder it might read otherwise. Where the text to come is sure, it allows the tokens alone that the
+tokenizer would make of that text: those need no model, and are what a model has been trained on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+
+from device_app.adjustments import Allowed
+from device_app.text import one_line
+from device_app.tokenizer import Tokenizer
+from shared.errors import BundleError, UsageError
+
+MOST_ERROR = 200  # characters of what the library says of a schema
+
+# In one line, as Python and most models write it. A model could go on with white space for ever where any is allowed.
+_ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False}
 
 
 class Constraint(Protocol):
     """What one answer must be. It follows the answer token by token."""
 
-    def allowed(self) -> NDArray[np.bool_]:
+    def allowed(self) -> Allowed:
         """The ids that may come next [vocab_size], the end ids among them where the answer may end."""
 
     def advance(self, token: int) -> None:
@@ -22,4 +38,129 @@ class Constraint(Protocol):
         """How many of `ids` may follow from here, one after the other. Changes nothing."""
 
     def forced(self, most: int) -> list[int]:
-        """Ids, at most `most`, of which each is the only one that may come: drafts that are never rejected."""
+        """Ids, at most `most`, of which each is the only one that may come. Changes nothing."""
+
+
+class Grammar:
+    """Makes constraints for the answers of one model. May be shared by threads."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, end_ids: Sequence[int], hidden_ids: Collection[int]
+    ) -> None:
+        """end_ids: any of them ends an answer; hidden_ids: special tokens, which no text holds.
+
+        Raises BundleError where an answer cannot end.
+        """
+        if not end_ids:
+            raise BundleError("end_ids: seen none, wanted one, to end an answer that is complete")
+        self._end_ids = list(end_ids)
+        tokens = _Tokens(tokenizer, vocab_size, end_ids, hidden_ids)
+        self._tokens = LLTokenizer(TokenizerWrapper(tokens), eos_token=self._end_ids)
+
+    def json_schema(self, schema: Mapping[str, Any]) -> Constraint:
+        """JSON that `schema` describes, in one line. Raises UsageError, with the keyword that is at fault."""
+        try:
+            text = json.dumps(schema, allow_nan=False)
+            grammar = LLMatcher.grammar_from_json_schema(text, overrides=_ONE_LINE)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise _not_usable("JSON schema", str(error)) from None
+        return self._constraint("JSON schema", grammar)
+
+    def json_object(self) -> Constraint:
+        """Any JSON object, in one line."""
+        return self.json_schema({"type": "object"})
+
+    def regex(self, pattern: str) -> Constraint:
+        """Text that matches `pattern` as a whole. Raises UsageError."""
+        return self._constraint("regular expression", LLMatcher.grammar_from_regex(pattern))
+
+    def lark(self, grammar: str) -> Constraint:
+        """Text of a grammar in llguidance's dialect of Lark. Raises UsageError."""
+        return self._constraint("grammar", LLMatcher.grammar_from_lark(grammar))
+
+    def _constraint(self, what: str, grammar: str) -> Constraint:
+        matcher = LLMatcher(self._tokens, grammar, log_level=0)
+        if matcher.is_error():
+            raise _not_usable(what, matcher.get_error())
+        return _Followed(what, matcher, self._end_ids)
+
+
+class _Followed:
+    """One answer's constraint."""
+
+    def __init__(self, what: str, matcher: LLMatcher, end_ids: Collection[int]) -> None:
+        self._what = what
+        self._matcher = matcher
+        self._end_ids = end_ids
+
+    def allowed(self) -> Allowed:
+        return self._allowed(self._matcher)
+
+    def advance(self, token: int) -> None:
+        if not self._matcher.consume_token(token):
+            raise _not_usable(self._what, self._matcher.get_error())
+
+    def accepts(self, ids: Sequence[int]) -> int:
+        return self._matcher.validate_tokens(list(ids))
+
+    def forced(self, most: int) -> list[int]:
+        ids: list[int] = []
+        ahead = self._matcher.deep_copy()
+        while len(ids) < most:
+            only = np.flatnonzero(self._allowed(ahead))
+            if len(only) != 1:
+                break
+            ids.append(int(only[0]))
+            if ids[-1] in self._end_ids:
+                break
+            ahead.consume_token(ids[-1])
+        return ids
+
+    def _allowed(self, matcher: LLMatcher) -> Allowed:
+        mask = np.frombuffer(matcher.compute_logit_bias(), np.uint8) != 0
+        if matcher.is_error():  # it was too much for the parser
+            raise _not_usable(self._what, matcher.get_error())
+        return mask
+
+
+class _Tokens:
+    """The vocabulary as llguidance wants it."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, end_ids: Sequence[int], hidden_ids: Collection[int]
+    ) -> None:
+        self._tokenizer = tokenizer
+        special = {*end_ids, *hidden_ids}
+        # Of tokens with the same bytes the last: the others are single bytes that only stand in for it.
+        self._ids = {
+            piece: token
+            for token in range(vocab_size)
+            if token not in special and (piece := tokenizer.token_bytes(token))
+        }
+        self._longest = max(map(len, self._ids), default=1)
+        self.tokens = [b""] * vocab_size  # such are never allowed, but for those that end an answer
+        for piece, token in self._ids.items():
+            self.tokens[token] = piece
+        self.eos_token_id = end_ids[0]
+        self.bos_token_id = None
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        """The tokens of a text that must come."""
+        if isinstance(text, bytes):
+            raise TypeError("seen bytes, wanted text")  # which tells llguidance to give text
+        whole = text.encode()
+        ids = self._tokenizer.encode(text)
+        # Not where it has the name of a special token in it, or the tokenizer puts a blank before it.
+        if b"".join(self.tokens[token] for token in ids) == whole:
+            return ids
+        ids, at = [], 0
+        while at < len(whole):
+            sizes = range(min(self._longest, len(whole) - at), 0, -1)
+            size = next(size for size in sizes if whole[at : at + size] in self._ids)
+            ids.append(self._ids[whole[at : at + size]])
+            at += size
+        return ids
+
+
+def _not_usable(what: str, reason: str) -> UsageError:
+    return UsageError(f"{what}: it cannot be used: {one_line(reason)[:MOST_ERROR]}")

@@ -125,6 +125,8 @@ class Sampler:
         choosable = self._adjustments.choosable(allowed)
         ids, values = row.ids, row.values
         if choosable is not None:
+            if np.count_nonzero(choosable) == 1:
+                return int(choosable.argmax())
             left = choosable[ids]
             ids, values = ids[left], values[left]
         if row.full:

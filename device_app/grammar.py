@@ -21,9 +21,6 @@ from shared.errors import BundleError, UsageError
 
 MOST_ERROR = 200  # characters of what the library says of a schema
 
-# In one line, as Python and most models write it. A model could go on with white space for ever where any is allowed.
-_ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False}
-
 
 class Constraint(Protocol):
     """What one answer must be. It follows the answer token by token."""
@@ -61,7 +58,17 @@ class Grammar:
         """JSON that `schema` describes, in one line. Raises UsageError, with the keyword that is at fault."""
         try:
             text = json.dumps(schema, allow_nan=False)
-            grammar = LLMatcher.grammar_from_json_schema(text, overrides=_ONE_LINE)
+            # In one line, as Python and most models write it: where white space is free, a model may go on with it for
+            # ever.
+            grammar = LLMatcher.grammar_from_json_schema(
+                text,
+                overrides={
+                    "whitespace_flexible": False,
+                    "item_separator": ", ",
+                    "key_separator": ": ",
+                    "lenient": False,
+                },
+            )
         except (TypeError, ValueError, RecursionError) as error:
             raise _not_usable("JSON schema", str(error)) from None
         return self._constraint("JSON schema", grammar)
@@ -98,7 +105,7 @@ class _Followed:
 
     def advance(self, token: int) -> None:
         if not self._matcher.consume_token(token):
-            raise _not_usable(self._what, self._matcher.get_error())
+            raise self._failed(self._matcher)
 
     def accepts(self, ids: Sequence[int]) -> int:
         return self._matcher.validate_tokens(list(ids))
@@ -117,10 +124,14 @@ class _Followed:
         return ids
 
     def _allowed(self, matcher: LLMatcher) -> Allowed:
-        mask = np.frombuffer(matcher.compute_logit_bias(), np.uint8) != 0
-        if matcher.is_error():  # it was too much for the parser
-            raise _not_usable(self._what, matcher.get_error())
+        mask: Allowed = np.frombuffer(matcher.compute_logit_bias(), np.uint8) != 0
+        if matcher.is_error():
+            raise self._failed(matcher)
         return mask
+
+    def _failed(self, matcher: LLMatcher) -> UsageError:
+        """The library's own words would have the answer in them."""
+        return UsageError(f"{self._what}: it could not be followed to the end: {matcher.stop_reason()}")
 
 
 class _Tokens:
@@ -137,6 +148,7 @@ class _Tokens:
             for token in range(vocab_size)
             if token not in special and (piece := tokenizer.token_bytes(token))
         }
+        self._ids.pop(b"", None)
         self._longest = max(map(len, self._ids), default=1)
         self.tokens = [b""] * vocab_size  # such are never allowed, but for those that end an answer
         for piece, token in self._ids.items():
@@ -149,11 +161,11 @@ class _Tokens:
         if isinstance(text, bytes):
             raise TypeError("seen bytes, wanted text")  # which tells llguidance to give text
         whole = text.encode()
-        ids = self._tokenizer.encode(text)
+        pieces = [self._tokenizer.token_bytes(token) for token in self._tokenizer.encode(text)]
         # Not where it has the name of a special token in it, or the tokenizer puts a blank before it.
-        if b"".join(self.tokens[token] for token in ids) == whole:
-            return ids
-        ids, at = [], 0
+        if b"".join(pieces) == whole and self._ids.keys() >= set(pieces):
+            return [self._ids[piece] for piece in pieces]
+        ids, at = list[int](), 0
         while at < len(whole):
             sizes = range(min(self._longest, len(whole) - at), 0, -1)
             size = next(size for size in sizes if whole[at : at + size] in self._ids)

@@ -38,7 +38,7 @@ class PieceTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a piece adds to a text, in UTF-8."""
-        piece = self._pieces.get(token_id, "")
+        piece: str = self._pieces.get(token_id, "")
         return piece.replace(SPACE, " ").encode()
 
 

@@ -8,75 +8,29 @@ with Assistant.open("OUT/device", "ws://127.0.0.1:8765") as assistant:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
+from device_app.answer import STOPPED, Answer
 from device_app.bundle import Bundle
 from device_app.connection import Address, Connection
 from device_app.counters import Counters
-from device_app.prompt import Message, Prompter
+from device_app.decoding import Chosen, Decoding
+from device_app.grammar import Constraint
+from device_app.prompt import Message, Prompt, Prompter
 from device_app.sampler import Sampler, Sampling
 from device_app.session import Session
 from device_app.text import TextStream, one_line
-from shared.errors import BundleError, RefusedError, UsageError
+from shared.errors import BundleError, Cancelled, RefusedError, UsageError
 
 if TYPE_CHECKING:
     from device_app.images import Source
 
-FinishReason = Literal["stop", "length", "cancelled"]
-
 GREEDY = Sampling()
 DESCRIBE = "Describe this image."
-TOP_K = 256  # rows asked for: 2 KiB a token in float32, and more than 90 % of the mass
-
-
-@dataclass
-class Stats:
-    """Figures of one answer. Times in seconds, bytes of WebSocket payload; `counters` has the details."""
-
-    prompt_tokens: int = 0
-    tokens: int = 0
-    dropped_turns: int = 0  # oldest turns that no longer fit the context
-    first_token_seconds: float = 0.0
-    seconds: float = 0.0
-    counters: Counters = field(default_factory=Counters)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of decoding: the first token, which waits for the prompt, is left out."""
-        decoding = self.seconds - self.first_token_seconds
-        return (self.tokens - 1) / decoding if self.tokens > 1 and decoding > 0 else 0.0
-
-
-class Answer:
-    """An answer as it is made: iterate over its text. `ids`, `text`, `finish_reason` and `stats` grow with it."""
-
-    def __init__(self, pieces: Callable[[Answer], Generator[str]]) -> None:
-        self.text = ""
-        self.ids: list[int] = []
-        self.finish_reason: FinishReason | None = None
-        self.stats = Stats()
-        self._pieces = pieces(self)
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        piece = next(self._pieces)
-        self.text += piece
-        return piece
-
-    def finish(self) -> Answer:
-        """Runs to the end and gives itself."""
-        for _ in self:
-            pass
-        return self
-
-    def stop(self) -> None:
-        """Ends the answer here; the cloud drops what it has not started."""
-        self._pieces.close()
+RETRY_SECONDS = 600.0
 
 
 class Assistant:
@@ -88,7 +42,7 @@ class Assistant:
         address: Address,
         *,
         token: str | None = None,
-        retry_seconds: float = 60.0,
+        retry_seconds: float = RETRY_SECONDS,
         on_lost: Callable[[], None] = lambda: None,
         on_frame: Callable[[str, bytes], None] = lambda way, frame: None,
     ) -> None:
@@ -104,7 +58,8 @@ class Assistant:
             widths=bundle.widths,
             token=token,
         )
-        self._prompter = Prompter(bundle, self._session.add_image)
+        self._prompter = Prompter(bundle)
+        self._begun = 0  # answers
         self._connection = Connection(
             self._session, address, retry_seconds=retry_seconds, on_lost=on_lost, on_frame=on_frame
         )
@@ -118,7 +73,7 @@ class Assistant:
         token: str | None = None,
         ca: Path | None = None,
         insecure: bool = False,
-        retry_seconds: float = 60.0,
+        retry_seconds: float = RETRY_SECONDS,
     ) -> Assistant:
         """Opens the bundle in `folder` for the cloud at `url`. Raises BundleError, UsageError."""
         address = Address(url, ca, insecure)
@@ -145,7 +100,68 @@ class Assistant:
 
     def interrupt(self) -> None:
         """For signal handlers: the answer being made raises KeyboardInterrupt where no reply is lost."""
-        self._connection.interrupted = True
+        self._connection.interrupted = KeyboardInterrupt()
+
+    def context(self) -> int:
+        """Positions that a prompt and its answer may take. Connects if need be; raises CloudError."""
+        return self._connection.open().context
+
+    def shared_prefix(self, ids: Sequence[int]) -> int:
+        """How many of `ids`, from the first on, the cloud holds for this session."""
+        return self._session.shared_prefix(ids)
+
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int = 512,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Prompt:
+        """What the model reads of a conversation, with room for an answer of `max_tokens`, or a quarter of the context.
+
+        The oldest turns are left out where they do not fit; the system prompt stays. Connects, to learn the context.
+        Raises BundleError without a chat template, UsageError for an image that cannot be read or taken, RefusedError
+        where even the last turn does not fit, CloudError otherwise.
+        """
+        self.bundle.want_kind("chat", "decoder", "vision-decoder")
+        all_turns = self._prompter.turns(messages)
+        system = [turn for turn in all_turns[:1] if turn.role == "system"]
+        turns = all_turns[len(system) :]
+        ids, dropped = self._prompter.ids(all_turns, tools), 0
+        context = self.context()
+        most = context - min(max_tokens, context // 4)
+        while len(ids) > most:
+            # A turn is a user's message and what follows it.
+            following = next((at for at in range(1, len(turns)) if turns[at].role == "user"), None)
+            if following is None:
+                raise RefusedError(
+                    "context_full",
+                    f"prompt: the last turn alone takes {len(ids)} tokens, wanted at most {most} of {context}",
+                    hint="shorten it, or ask for fewer tokens",
+                )
+            turns, dropped = turns[following:], dropped + 1
+            ids = self._prompter.ids([*system, *turns], tools)
+        return Prompt(ids, [image for turn in [*system, *turns] for image in turn.images], dropped)
+
+    def answer(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: Sampling = GREEDY,
+        max_tokens: int = 512,
+        stop: Sequence[str] = (),
+        constraint: Constraint | None = None,
+        top_logprobs: int | None = None,
+    ) -> Answer:
+        """What follows a prompt.
+
+        stop: the answer ends before any of these. constraint: what it must be; a fresh one for each answer.
+        top_logprobs: log-probabilities of each token and of so many of the most probable ones. Iterating raises
+        CloudError, and Cancelled after `Answer.cancel`.
+        """
+        _check(max_tokens)
+        self.bundle.want_kind("answer", "decoder", "vision-decoder")
+        return self._answer(lambda: prompt, sampling, max_tokens, stop, constraint, top_logprobs)
 
     def chat(
         self,
@@ -154,34 +170,54 @@ class Assistant:
         sampling: Sampling = GREEDY,
         max_tokens: int = 512,
         stop: Sequence[str] = (),
+        constraint: Constraint | None = None,
+        top_logprobs: int | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Answer:
-        """The answer to a conversation of messages with `role` and `content`.
+        """The answer to a conversation of messages with `role` and `content`. Options are those of `answer`.
 
         Content is text; where the model takes images it may be a list of parts, {"type": "text", "text": …} and
-        {"type": "image", "image": a path, a file's bytes, or an image of Pillow's}.
-
-        When it no longer fits the context, the oldest turns are left out; the system prompt stays. Iterating raises
-        BundleError without a chat template, UsageError for an image that cannot be read or taken, RefusedError where
-        even the last turn does not fit, CloudError otherwise.
+        {"type": "image", "image": a path, a file's bytes, or an image of Pillow's}. Nothing happens before the first
+        step of the iteration, which raises what `prompt` does.
         """
         _check(max_tokens)
         self.bundle.want_kind("chat", "decoder", "vision-decoder")
-        return Answer(
-            lambda answer: self._run(
-                answer, lambda: self._fit(messages, max_tokens, answer), sampling, max_tokens, stop
-            )
+        return self._answer(
+            lambda: self.prompt(messages, max_tokens=max_tokens, tools=tools),
+            sampling,
+            max_tokens,
+            stop,
+            constraint,
+            top_logprobs,
         )
 
     def complete(
-        self, prompt: str, *, sampling: Sampling = GREEDY, max_tokens: int = 512, stop: Sequence[str] = ()
+        self,
+        prompt: str,
+        *,
+        sampling: Sampling = GREEDY,
+        max_tokens: int = 512,
+        stop: Sequence[str] = (),
+        constraint: Constraint | None = None,
+        top_logprobs: int | None = None,
     ) -> Answer:
-        """The continuation of plain text, without a chat template. Iterating raises CloudError."""
-        _check(max_tokens)
+        """The continuation of plain text, without a chat template. Options are those of `answer`."""
+        return self.answer(
+            self.text_prompt(prompt),
+            sampling=sampling,
+            max_tokens=max_tokens,
+            stop=stop,
+            constraint=constraint,
+            top_logprobs=top_logprobs,
+        )
+
+    def text_prompt(self, text: str) -> Prompt:
+        """Plain text to go on from. Raises UsageError where it is empty."""
         self.bundle.want_kind("complete", "decoder", "vision-decoder")
-        ids = self._prompter.text_ids(prompt)
+        ids = self._prompter.text_ids(text)
         if not ids:
             raise UsageError("prompt: seen nothing, wanted at least one token")
-        return Answer(lambda answer: self._run(answer, lambda: ids, sampling, max_tokens, stop))
+        return Prompt(ids)
 
     def describe(self, image: Source, prompt: str = DESCRIBE, *, max_tokens: int = 128) -> str:
         """What an image shows, in one line. Raises UsageError for what is no image, CloudError otherwise."""
@@ -206,116 +242,95 @@ class Assistant:
         if not tokens:
             raise UsageError("text: seen nothing, wanted at least one token")
         source = [*manifest.prefix_ids, *tokens, *manifest.suffix_ids]
-        return Answer(
-            lambda answer: self._run(answer, lambda: manifest.start_ids, GREEDY, max_tokens, stop, source=source)
-        )
+        return self._answer(lambda: Prompt(manifest.start_ids), GREEDY, max_tokens, stop, None, None, source)
 
-    def _fit(self, messages: Sequence[Message], max_tokens: int, answer: Answer) -> list[int]:
-        """The prompt's ids, without the oldest turns if they leave no room for an answer."""
-        all_turns = self._prompter.turns(messages)
-        system = [turn for turn in all_turns[:1] if turn.role == "system"]
-        turns = all_turns[len(system) :]
-        ids = self._prompter.ids(all_turns)
-        context = self._connection.open().context
-        most = context - min(max_tokens, context // 4)
-        while len(ids) > most:
-            # A turn is a user's message and what follows it.
-            following = next((at for at in range(1, len(turns)) if turns[at].role == "user"), None)
-            if following is None:
-                raise RefusedError(
-                    "context_full",
-                    f"prompt: the last turn alone takes {len(ids)} tokens, wanted at most {most} of {context}",
-                    hint="shorten it, or ask for fewer tokens",
-                )
-            turns = turns[following:]
-            answer.stats.dropped_turns += 1
-            ids = self._prompter.ids([*system, *turns])
-        return ids
-
-    def _run(
+    def _answer(
         self,
-        answer: Answer,
-        prompt_of: Callable[[], list[int]],
+        prompt_of: Callable[[], Prompt],
         sampling: Sampling,
         max_tokens: int,
         stop: Sequence[str],
-        *,
+        constraint: Constraint | None,
+        top_logprobs: int | None,
         source: list[int] | None = None,
-    ) -> Generator[str]:
-        started = time.perf_counter()
-        self._connection.interrupted = False
-        stats, counters = answer.stats, Counters()
-        stats.counters = self._session.counters = counters
+    ) -> Answer:
         manifest = self.bundle.manifest
-        text = TextStream(self.bundle.tokenizer.detokenizer(), manifest.hidden_ids, stop)
-        try:
+
+        def pieces(answer: Answer) -> Generator[str]:
+            started = time.perf_counter()
             prompt = prompt_of()
-            stats.prompt_tokens = len(prompt if source is None else source)
-            for token in self._tokens(prompt, source, sampling, max_tokens):
-                answer.ids.append(token)
-                stats.tokens += 1
-                stats.seconds = time.perf_counter() - started
-                stats.first_token_seconds = stats.first_token_seconds or stats.seconds
-                if token in manifest.end_ids:
-                    answer.finish_reason = "stop"
-                    break
-                with counters.timed("detokenise"):
-                    piece = text.push(token)
-                if piece:
-                    yield piece
-                if text.stopped:
-                    answer.finish_reason = "stop"
-                    break
-            else:
-                answer.finish_reason = "length"
-            if piece := text.finish():
-                yield piece
+            ids = prompt.ids
+            answer.stats.dropped_turns = prompt.dropped_turns
+            answer.stats.prompt_tokens = len(ids if source is None else source)
+            answer.stats.cached_tokens = min(self.shared_prefix(ids), len(ids) - 1) if source is None else 0
+            context = self.context()
+            if len(ids) > context:
+                raise RefusedError(
+                    "context_full",
+                    f"prompt: it takes {len(ids)} tokens, wanted at most {context}",
+                    hint="shorten it",
+                )
+            for image in prompt.images:
+                self._session.add_image(image)
+            decoding = Decoding(
+                self._connection,
+                Sampler(sampling, manifest.vocab_size, ids, manifest.banned_ids),
+                sampling,
+                source=source,
+                constraint=constraint,
+                top_logprobs=top_logprobs,
+            )
+            text = TextStream(self.bundle.tokenizer.detokenizer(), manifest.hidden_ids, stop)
+            yield from self._pieces(answer, decoding.tokens(ids, max_tokens), text, started)
+
+        return Answer(lambda answer: self._watched(answer, pieces(answer)), self._cancel)
+
+    def _cancel(self) -> None:
+        self._connection.interrupted = Cancelled(STOPPED)
+
+    def _watched(self, answer: Answer, pieces: Generator[str]) -> Generator[str]:
+        """The pieces, timed; an answer that does not come to its end is cancelled in the cloud."""
+        started, stats = time.perf_counter(), answer.stats
+        self._begun += 1
+        number = self._begun
+        self._connection.interrupted = None
+        stats.counters = self._session.counters = Counters()
+        try:
+            yield from pieces
         except BaseException:
-            answer.finish_reason = "cancelled"
-            self.cancel()
+            if number == self._begun:  # otherwise the question that is open is another answer's
+                self.cancel()
+            with suppress(ReferenceError):  # left by all who knew it
+                answer.finish_reason = "cancelled"
             raise
         finally:
             stats.seconds = time.perf_counter() - started
 
-    def _tokens(
-        self, prompt: list[int], source: list[int] | None, sampling: Sampling, max_tokens: int
-    ) -> Iterator[int]:
-        """Token after token, until `max_tokens` or the end of the context."""
-        opened = self._connection.open()
-        if len(prompt) > opened.context:
-            raise RefusedError(
-                "context_full",
-                f"prompt: it takes {len(prompt)} tokens, wanted at most {opened.context}",
-                hint="shorten it",
-            )
-        counters = self._session.counters
-        manifest = self.bundle.manifest
-        sampler = Sampler(sampling, manifest.vocab_size, prompt, manifest.banned_ids)
-        temperature = sampling.temperature or 1.0
-        # A few more than the sampler keeps, so that ties at its edge are seen; all where the cloud gives no so many.
-        # The cloud is not told where the classifier is on the device: every row is full then.
-        enough = max(TOP_K, sampling.top_k + 16)
-        top_k = enough if enough <= opened.max_top_k else 0
-        ids = list(prompt)
-        for _ in range(max_tokens):
-            if len(ids) > opened.context:
-                return
-            [row] = self._connection.rows(ids, source=source, top_k=top_k, temperature=temperature)
-            with counters.timed("sample"):
-                # Greedy sorts nothing; a draw sorts a full row only where its head leaves the token open.
-                token = sampler.choose(row.head(enough) if sampling.temperature else row, len(ids))
-                if token is None and row.full:
-                    token = sampler.choose(row, len(ids))
-            if token is None:
-                counters.full_rows += 1
-                [row] = self._connection.rows(ids, source=source, top_k=0, temperature=temperature)
-                with counters.timed("sample"):
-                    token = sampler.choose(row, len(ids))
-                if token is None:  # a full row settles all else
-                    raise BundleError("banned_ids: they leave no token to choose", hint="export the bundle again")
-            sampler.observe(token)
-            ids.append(token)
-            yield token
+    def _pieces(self, answer: Answer, tokens: Iterator[Chosen], text: TextStream, started: float) -> Generator[str]:
+        """Text that has become certain, token after token."""
+        stats = answer.stats
+        for chosen in tokens:
+            answer.ids.append(chosen.id)
+            if chosen.logprobs is not None:
+                answer.logprobs.append(chosen.logprobs)
+            stats.tokens += 1
+            stats.seconds = time.perf_counter() - started
+            stats.first_token_seconds = stats.first_token_seconds or stats.seconds
+            if chosen.id in self.bundle.manifest.end_ids:
+                answer.finish_reason = "stop"
+                break
+            with stats.counters.timed("detokenise"):
+                piece = text.push(chosen.id)
+            if piece:
+                yield piece
+            if text.stopped:
+                answer.finish_reason = "stop"
+                break
+        else:
+            answer.finish_reason = "length"
+        if piece := text.finish():
+            yield piece
+        answer.stop_text = text.stop_text
 
 
 def _check(max_tokens: int) -> None:

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from device_app.assistant import Answer, Assistant, Stats
+from device_app.answer import Answer, Stats
+from device_app.assistant import Assistant
 from device_app.options import opened
 from device_app.sampler import Sampling
 from device_app.terminal import note

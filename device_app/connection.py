@@ -97,7 +97,8 @@ class Connection(Generic[S]):
         self._socket: ClientConnection | None = None
         self._closing = ExitStack()  # what ends the socket
         self._was_open = False
-        self.interrupted = False  # set by a signal handler: ends the wait where no frame is half way
+        # Set by a signal handler, or another thread: raised by who waits, where no frame is half way.
+        self.interrupted: BaseException | None = None
 
     def open(self) -> Opened:
         """Connects unless connected, and gives the session's limits. Raises UnreachableError, RefusedError."""
@@ -155,9 +156,7 @@ class Connection(Generic[S]):
         waited = 0.0  # for a connection, within this question: a cloud that always opens and closes is given up too
         pause = FIRST_PAUSE
         while not done():
-            if self.interrupted:
-                self.interrupted = False
-                raise KeyboardInterrupt
+            self._check_interrupted()
             began = time.monotonic()
             try:
                 if self._socket is None:
@@ -185,7 +184,7 @@ class Connection(Generic[S]):
                     raise UnreachableError(
                         f"cloud {self._address.url}: {reason}", hint="is stip-cloud running there? see --url"
                     ) from None
-                time.sleep(pause)
+                self._sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
             except (DishonestError, RefusedError):
                 self.close()  # nothing of such a session is relied on again
@@ -193,6 +192,17 @@ class Connection(Generic[S]):
             except KeyboardInterrupt:
                 self._drop()  # a frame may have been between session and socket: the session finds out what arrived
                 raise
+
+    def _check_interrupted(self) -> None:
+        if self.interrupted is not None:
+            interruption, self.interrupted = self.interrupted, None
+            raise interruption
+
+    def _sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, POLL_SECONDS))
+            self._check_interrupted()
 
     def _connect(self) -> None:
         try:

@@ -17,6 +17,8 @@ class Counters:
     vectors_up: int = 0
     round_trips: int = 0
     full_rows: int = 0
+    drafted: int = 0  # tokens that were guessed and sent along
+    accepted: int = 0  # of those: the ones that the sampler chose
     replays: int = 0  # times that the cloud had lost something, and it was sent again
     resumes: int = 0  # times that it was still there after a lost connection
     queue_us: int = 0

@@ -19,6 +19,13 @@ def bundle_and_cloud() -> argparse.ArgumentParser:
     parent.add_argument(
         "--ca", type=Path, metavar="F", help="PEM file of the authority that signed the cloud's certificate"
     )
+    parent.add_argument(
+        "--retry-seconds",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="how long a lost connection is tried again; the first one fails at once (default: %(default)g)",
+    )
     parent.add_argument("--insecure", action="store_true", help="allow ws:// beyond this machine")
     return parent
 
@@ -38,6 +45,7 @@ def opened(arguments: argparse.Namespace) -> dict[str, Any]:
         "bundle": bundle,
         "address": address,
         "token": _token(arguments.token_file),
+        "retry_seconds": arguments.retry_seconds,
         "on_lost": lambda: note("\nstip-device: connection lost; trying again, the answer will go on"),
     }
 

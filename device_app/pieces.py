@@ -38,8 +38,8 @@ class PieceTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a piece adds to a text, in UTF-8."""
-        piece: str = self._pieces.get(token_id, "").replace(SPACE, " ")
-        return piece.encode()
+        piece: str = self._pieces.get(token_id, "")
+        return piece.replace(SPACE, " ").encode()
 
 
 class PieceStream:

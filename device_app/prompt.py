@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from device_app.bundle import Bundle
+from device_app.session import image_number
 from shared.errors import BundleError, UsageError
 from shared.wire import Array
 
@@ -15,40 +18,48 @@ Message = Mapping[str, Any]  # role, and content: text, or a list of parts of th
 
 @dataclass(frozen=True)
 class Turn:
-    """One message as the chat template takes it, and the numbers that stand for its images among ids."""
+    """One message as the chat template takes it, and the embeddings of its images."""
 
     role: str
     shown: Mapping[str, Any]
-    images: list[int]
+    images: list[Array]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is to go on from. Among its ids an image stands as a number below 0, once a position."""
+
+    ids: list[int]
+    images: list[Array] = field(default_factory=list)  # embeddings [patches, encoder_size] of those in the ids
+    dropped_turns: int = 0  # oldest turns that did not fit
 
 
 class Prompter:
     """Makes prompts for a bundle's model."""
 
-    def __init__(self, bundle: Bundle, add_image: Callable[[Array], int]) -> None:
-        """add_image: takes an image's embeddings and gives the number that stands for it."""
+    def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._add_image = add_image
 
     def turns(self, messages: Sequence[Message]) -> list[Turn]:
         """The messages with their images looked at. Raises UsageError for one that is not as it must be."""
         return [self._turn(message) for message in messages]
 
-    def ids(self, turns: Sequence[Turn]) -> list[int]:
+    def ids(self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """The ids of a conversation, ending where the assistant's answer begins.
 
-        Raises BundleError without a chat template, UsageError where placeholders and images do not match.
+        tools: functions that the model may call, as JSON schemas, where its template takes them. Raises BundleError
+        without a chat template, UsageError where placeholders and images do not match.
         """
         if self._bundle.template is None:
             raise BundleError(
                 "this bundle has no chat template",
                 hint="its model continues text: use complete(), or -p at the terminal",
             )
-        text = self._bundle.template.render([turn.shown for turn in turns])
+        text = self._bundle.template.render([turn.shown for turn in turns], tools)
         ids, prefix = self._bundle.tokenizer.encode(text), self._bundle.manifest.prefix_ids
         if self._bundle.manifest.kind == "vision-decoder" and ids[: len(prefix)] != prefix:
             ids = prefix + ids  # templates of processors leave it to the tokenizer, those of tokenizers have it
-        return self._with_images(ids, [one for turn in turns for one in turn.images])
+        return self._with_images(ids, [image_number(one) for turn in turns for one in turn.images])
 
     def text_ids(self, text: str) -> list[int]:
         """The ids of plain text, with what the tokenizer puts before it."""
@@ -76,7 +87,7 @@ class Prompter:
                     shown.append({"type": "text", "text": text})
                 case {"type": "image", "image": source}:
                     shown.append({"type": "image"})
-                    images.append(self._add_image(self._bundle.look(source)))
+                    images.append(np.ascontiguousarray(self._bundle.look(source), np.float32))
                 case _:
                     raise UsageError(
                         f"message: seen a part of the type {part.get('type')!r} with {sorted(part)}, "

@@ -41,7 +41,8 @@ from shared.errors import BundleError, DishonestError, RefusedError, UsageError
 from shared.key import UserKey
 from shared.wire import Append, Array, Cancel, Encode, Encoded, Error, Hidden, Logits, Message, Opened, encode
 
-MOST_HIDDEN = 16  # hidden states that a reply may hold
+MOST_ROWS = 16  # that are asked for at once: so many hidden states, or tops of rows, a reply may hold
+BYTES_A_VALUE = 8  # a logit and its id
 MOST_IMAGE_BYTES = 256 * 2**20  # of embeddings that are kept for replays
 
 
@@ -111,7 +112,16 @@ class Session(Opening):
     @property
     def longest_reply(self) -> int:
         """One full row, or a few hidden states."""
-        return REPLY_HEADER + 4 * max(self._key.vocab_size, MOST_HIDDEN * self._key.hidden_size)
+        return REPLY_HEADER + 4 * max(self._key.vocab_size, MOST_ROWS * self._key.hidden_size)
+
+    def most_rows(self, top_k: int) -> int:
+        """How many rows may be asked for at once."""
+        if self._classify is not None:
+            return MOST_ROWS
+        assert self.opened is not None
+        if not top_k:
+            return 1
+        return max(1, min(MOST_ROWS, self.opened.max_rows, self.longest_reply // (BYTES_A_VALUE * top_k)))
 
     def lost(self) -> None:
         # Nobody knows how many of the flights the cloud has answered. Those behind a failure change nothing.
@@ -150,10 +160,14 @@ class Session(Opening):
         if not self._widths.image_tokens or embeddings.shape != wanted:
             raise BundleError(f"image: seen embeddings of shape {embeddings.shape}, wanted {wanted} (0: no images)")
         content = np.ascontiguousarray(embeddings, np.float32)
-        number = -1 - int.from_bytes(hashlib.blake2b(content.tobytes(), digest_size=16).digest(), "big")
+        number = image_number(content)
         self._images.pop(number, None)
         self._images[number] = content
         return number
+
+    def shared_prefix(self, ids: Sequence[int]) -> int:
+        """How many of `ids`, from the first on, the cloud holds."""
+        return common_prefix(list(ids), self._held.ids)
 
     def ask(
         self,
@@ -383,6 +397,11 @@ class Session(Opening):
             plain = self._key.reveal_hidden(hidden)
         with timed("classify"):
             return classified_rows(plain, self._classify, question.temperature)
+
+
+def image_number(embeddings: Array) -> int:
+    """The number below 0 that stands for an image of these embeddings, float32, among ids."""
+    return -1 - int.from_bytes(hashlib.blake2b(embeddings.tobytes(), digest_size=16).digest(), "big")
 
 
 def _runs(ids: list[int], start: int, image_tokens: int) -> Iterator[tuple[int, int, int | None]]:

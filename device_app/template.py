@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -41,18 +41,25 @@ class ChatTemplate:
         self._source = source
         try:
             self._template = environment.from_string(source)
+            self._parsed = environment.parse(source)
         except jinja2.TemplateError as error:
             raise BundleError(f"chat template: {error}") from None
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    @property
+    def takes_tools(self) -> bool:
+        """Whether it has a place for functions that the model may call."""
+        return "tools" in meta.find_undeclared_variables(self._parsed)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """The prompt text for `messages` (role and content), ending where the assistant's answer begins.
 
-        Content is text, or for models that take images a list of parts as their templates want it.
+        Content is text, or for models that take images a list of parts as their templates want it. tools: functions
+        that the model may call, as JSON schemas.
         """
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
-                tools=None,  # none, but defined: templates ask whether they are none
+                tools=None if tools is None else [dict(tool) for tool in tools],  # always defined: templates ask
                 documents=None,
                 add_generation_prompt=True,
                 **self._special_tokens,

@@ -34,7 +34,12 @@ class TextStream:
         self._hidden = frozenset(hidden_ids)
         self._stop = [text for text in stop if text]
         self._held = ""
-        self.stopped = False  # a stop string was met; nothing comes after it
+        self.stop_text: str | None = None  # the stop string that was met; nothing comes after it
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met."""
+        return self.stop_text is not None
 
     def push(self, token: int) -> str:
         """Text that is now certain. Special tokens are not shown."""
@@ -53,10 +58,10 @@ class TextStream:
 
     def _release(self, text: str) -> str:
         self._held += without_control(text)
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            return self._held[: min(found)]
+            at, self.stop_text = min(found)
+            return self._held[:at]
         keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
         released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return released

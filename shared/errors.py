@@ -9,6 +9,7 @@
     │   └── AuditError        an audit cannot be made
     ├── BundleError           an exported folder is missing, damaged, edited or from another export
     ├── WireError             a frame breaks PROTOCOL.md; carries a protocol error code
+    ├── Cancelled         an answer that somebody else stopped
     ├── RequestError          a well-formed request the cloud refuses; carries a protocol error code
     └── CloudError            the device cannot get what it needs from the cloud
         ├── RefusedError      the cloud answered with an Error; carries its code
@@ -72,6 +73,10 @@ class WireError(_Coded):
 
 class RequestError(_Coded):
     """A well-formed request that the cloud refuses. `code` is one of PROTOCOL.md's error codes."""
+
+
+class Cancelled(StipError):
+    """An answer was stopped from elsewhere while it was made."""
 
 
 class CloudError(StipError):

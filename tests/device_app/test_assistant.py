@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import device_app
 from cloud_backend.tokens import Tokens, add_token
 from device_app import Answer, Assistant, Sampling
 from device_app.connection import Address
-from shared.errors import BundleError, RefusedError, UnreachableError, UsageError
+from shared.errors import BundleError, Cancelled, RefusedError, UnreachableError, UsageError
 from tests.conftest import RunningCloud, open_assistant, run_cloud
 
 CONTEXT = 256
@@ -249,10 +251,72 @@ def test_a_loop_that_was_left_leaves_the_next_answer_right(assistant: Assistant,
     assert assistant.chat(other, max_tokens=15).finish().ids == fresh(other, max_tokens=15).ids
 
 
+def test_an_answer_that_nobody_holds_any_more_is_cancelled_in_the_cloud(assistant: Assistant) -> None:
+    for _ in assistant.chat(QUESTION, sampling=WARM, max_tokens=50):
+        break
+    assert assistant._session._question is None
+
+
+def test_dropping_an_answer_that_was_left_disturbs_no_other(assistant: Assistant, fresh: Callable[..., Answer]) -> None:
+    left = assistant.chat(QUESTION, sampling=WARM, max_tokens=50)
+    next(left)
+    other = assistant.chat(QUESTION, max_tokens=15)
+    next(other)
+    del left
+    assert other.finish().ids == fresh(max_tokens=15).ids
+
+
 def test_an_answer_that_was_never_begun_can_be_stopped(assistant: Assistant) -> None:
     answer = assistant.chat(QUESTION)
     answer.stop()
     assert list(answer) == []
+
+
+def test_an_answer_is_cancelled_from_another_thread(assistant: Assistant, fresh: Callable[..., Answer]) -> None:
+    answer = assistant.chat(QUESTION, max_tokens=200)
+    next(answer)
+    threading.Timer(0.05, answer.cancel).start()
+    with pytest.raises(Cancelled):
+        answer.finish()
+    assert answer.finish_reason == "cancelled" and len(answer.ids) < 200
+    again = assistant.chat(QUESTION, max_tokens=10).finish()
+    assert again.ids == fresh(max_tokens=10).ids
+
+
+def test_an_answer_that_is_cancelled_before_it_begins_asks_nothing(assistant: Assistant) -> None:
+    answer = assistant.chat(QUESTION)
+    answer.cancel()
+    with pytest.raises(Cancelled):
+        next(answer)
+    assert (answer.finish_reason, answer.stats.counters.bytes_up) == ("cancelled", 0)
+
+
+def test_cancelling_an_answer_that_is_over_disturbs_no_other(assistant: Assistant) -> None:
+    over = assistant.chat(QUESTION, max_tokens=3).finish()
+    running = assistant.chat(QUESTION, max_tokens=10)
+    next(running)
+    over.cancel()
+    assert len(running.finish().ids) == 10
+
+
+def test_an_answer_is_cancelled_while_the_cloud_is_away(tiny: Path) -> None:
+    with run_cloud(tiny) as going:
+        assistant = open_assistant(tiny, going.url)
+        answer = assistant.chat(QUESTION, max_tokens=200)
+        next(answer)
+    threading.Timer(0.5, answer.cancel).start()
+    started = time.monotonic()
+    with pytest.raises(Cancelled):
+        answer.finish()
+    assert time.monotonic() - started < 5
+
+
+def test_which_stop_string_ended_an_answer_is_known(assistant: Assistant) -> None:
+    whole = assistant.complete("the cat", max_tokens=20).finish().text
+    stop = whole[len(whole) // 2 :][:3]
+    answer = assistant.complete("the cat", max_tokens=20, stop=["never seen", stop]).finish()
+    assert (answer.finish_reason, answer.stop_text) == ("stop", stop)
+    assert assistant.complete("the cat", max_tokens=5).finish().stop_text is None
 
 
 def test_stopping_an_answer_that_is_over_changes_nothing(assistant: Assistant) -> None:

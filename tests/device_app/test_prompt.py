@@ -11,19 +11,14 @@ from scipy.special import expit, softmax
 from device_app.bundle import Bundle
 from device_app.encoder import _probabilities
 from device_app.prompt import Prompter
-from shared.wire import Array
 from tests.checkpoints import LOOKING_TEMPLATE
 from tests.device_app.bundles import START_ID, make_bundle
 
 HELLO = [{"role": "user", "content": "the cat"}]
 
 
-def no_image(embeddings: Array) -> int:
-    raise AssertionError("no image was shown")
-
-
 def prompt(folder: Path) -> list[int]:
-    prompter = Prompter(Bundle.open(folder), no_image)
+    prompter = Prompter(Bundle.open(folder))
     return prompter.ids(prompter.turns(HELLO))
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from device_app import Sampling
-from device_app.assistant import Answer, Assistant
+from device_app.answer import Answer
+from device_app.assistant import Assistant
 from device_app.bundle import Bundle
 from device_app.connection import Address
 from shared.wire import Cancel, Error, Logits, Opened, decode

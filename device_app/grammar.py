@@ -8,6 +8,7 @@ tokenizer would make of that text: those need no model, and are what a model has
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,6 +19,11 @@ from device_app.adjustments import Allowed
 from device_app.text import one_line
 from device_app.tokenizer import Tokenizer
 from shared.errors import BundleError, UsageError
+
+# Terminal control characters in UTF-8. The text of an answer is without them (text.py), so they cannot be a part of it.
+_CONTROL = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f]")
+_CONTROL_TEXT = re.compile("[\x80-\x9f]")
+_FIRST, _SECOND = b"\xc2", range(0x80, 0xA0)  # such a character may be in two tokens
 
 MOST_ERROR = 200  # characters of what the library says of a schema
 
@@ -50,9 +56,8 @@ class Grammar:
         """
         if not end_ids:
             raise BundleError("end_ids: seen none, wanted one, to end an answer that is complete")
-        self._end_ids = list(end_ids)
-        tokens = _Tokens(tokenizer, vocab_size, end_ids, hidden_ids)
-        self._tokens = LLTokenizer(TokenizerWrapper(tokens), eos_token=self._end_ids)
+        self._vocabulary = _Vocabulary(tokenizer, vocab_size, end_ids, hidden_ids)
+        self._tokens = LLTokenizer(TokenizerWrapper(self._vocabulary), eos_token=list(end_ids))
 
     def json_schema(self, schema: Mapping[str, Any]) -> Constraint:
         """JSON that `schema` describes, in one line. Raises UsageError, with the keyword that is at fault."""
@@ -86,73 +91,79 @@ class Grammar:
         return self._constraint("grammar", LLMatcher.grammar_from_lark(grammar))
 
     def _constraint(self, what: str, grammar: str) -> Constraint:
+        if _CONTROL_TEXT.search(grammar):
+            raise _not_usable(what, "seen a control character from U+0080 to U+009F, which no answer holds")
         matcher = LLMatcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
             raise _not_usable(what, matcher.get_error())
-        return _Followed(what, matcher, self._end_ids)
+        return _Followed(what, matcher, self._vocabulary)
 
 
 class _Followed:
     """One answer's constraint."""
 
-    def __init__(self, what: str, matcher: LLMatcher, end_ids: Collection[int]) -> None:
+    def __init__(self, what: str, matcher: LLMatcher, vocabulary: _Vocabulary) -> None:
         self._what = what
         self._matcher = matcher
-        self._end_ids = end_ids
+        self._vocabulary = vocabulary
+        self._last: int | None = None
 
     def allowed(self) -> Allowed:
-        return self._allowed(self._matcher)
+        mask: Allowed = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8) != 0
+        if self._last is not None and self._vocabulary.tokens[self._last].endswith(_FIRST):
+            mask &= ~self._vocabulary.second
+        if not mask.any() or self._matcher.is_error():
+            raise self._failed()
+        return mask
 
     def advance(self, token: int) -> None:
         if not self._matcher.consume_token(token):
-            raise self._failed(self._matcher)
+            raise self._failed()
+        self._last = token
 
     def accepts(self, ids: Sequence[int]) -> int:
         return self._matcher.validate_tokens(list(ids))
 
     def forced(self, most: int) -> list[int]:
         ids: list[int] = []
-        ahead = self._matcher.deep_copy()
+        ahead = _Followed(self._what, self._matcher.deep_copy(), self._vocabulary)
+        ahead._last = self._last
         while len(ids) < most:
-            only = np.flatnonzero(self._allowed(ahead))
+            only = np.flatnonzero(ahead.allowed())
             if len(only) != 1:
                 break
             ids.append(int(only[0]))
-            if ids[-1] in self._end_ids:
+            if ids[-1] in self._vocabulary.end_ids:
                 break
-            ahead.consume_token(ids[-1])
+            ahead.advance(ids[-1])
         return ids
 
-    def _allowed(self, matcher: LLMatcher) -> Allowed:
-        mask: Allowed = np.frombuffer(matcher.compute_logit_bias(), np.uint8) != 0
-        if matcher.is_error():
-            raise self._failed(matcher)
-        return mask
-
-    def _failed(self, matcher: LLMatcher) -> UsageError:
-        """The library's own words would have the answer in them."""
-        return UsageError(f"{self._what}: it could not be followed to the end: {matcher.stop_reason()}")
+    def _failed(self) -> UsageError:
+        # The library's own words would have the answer in them.
+        return UsageError(f"{self._what}: it could not be followed to the end: {self._matcher.stop_reason()}")
 
 
-class _Tokens:
+class _Vocabulary:
     """The vocabulary as llguidance wants it."""
 
     def __init__(
         self, tokenizer: Tokenizer, vocab_size: int, end_ids: Sequence[int], hidden_ids: Collection[int]
     ) -> None:
         self._tokenizer = tokenizer
-        special = {*end_ids, *hidden_ids}
+        self.end_ids = frozenset(end_ids)
+        special = self.end_ids.union(hidden_ids)
         # Of tokens with the same bytes the last: the others are single bytes that only stand in for it.
         self._ids = {
             piece: token
             for token in range(vocab_size)
-            if token not in special and (piece := tokenizer.token_bytes(token))
+            if token not in special and (piece := tokenizer.token_bytes(token)) and not _CONTROL.search(piece)
         }
-        self._ids.pop(b"", None)
         self._longest = max(map(len, self._ids), default=1)
         self.tokens = [b""] * vocab_size  # such are never allowed, but for those that end an answer
         for piece, token in self._ids.items():
             self.tokens[token] = piece
+        # Those that end a control character which the token before has begun.
+        self.second: Allowed = np.array([bool(piece) and piece[0] in _SECOND for piece in self.tokens])
         self.eos_token_id = end_ids[0]
         self.bos_token_id = None
 
@@ -168,7 +179,9 @@ class _Tokens:
         ids, at = list[int](), 0
         while at < len(whole):
             sizes = range(min(self._longest, len(whole) - at), 0, -1)
-            size = next(size for size in sizes if whole[at : at + size] in self._ids)
+            size = next((size for size in sizes if whole[at : at + size] in self._ids), None)
+            if size is None:
+                break  # no token can write it
             ids.append(self._ids[whole[at : at + size]])
             at += size
         return ids

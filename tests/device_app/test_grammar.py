@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
 from device_app.grammar import Constraint, Grammar
+from device_app.text import without_control
 from device_app.tokenizer import Tokenizer, open_tokenizer
 from shared.errors import BundleError, UsageError
 from tests.checkpoints import tiny_tokenizer
@@ -124,6 +125,14 @@ def test_special_tokens_and_ids_past_the_tokenizers_are_never_allowed(grammar: G
     assert not allowed[[0, 1, *empty]].any()
 
 
+def test_no_terminal_control_character_is_ever_allowed_as_no_text_shows_one(tokenizer: Tokenizer) -> None:
+    grammar = Grammar(tokenizer, VOCAB, [END], HIDDEN)
+    for seed in range(20):
+        ids = walked(grammar.regex(r"(?s:[\x00-\u00ff]{40})"), np.random.default_rng(seed))
+        text = text_of(tokenizer, ids)
+        assert without_control(text) == text and len(text) == 40
+
+
 def test_the_name_of_a_special_token_is_written_as_text(grammar: Grammar, tokenizer: Tokenizer) -> None:
     ids = grammar.json_schema({"const": "<|end|>"}).forced(50)
     assert text_of(tokenizer, ids[:-1]) == '"<|end|>"' and not set(ids[:-1]) & set(HIDDEN)
@@ -221,6 +230,7 @@ def test_a_tokenizer_that_writes_blanks_as_marks_gives_valid_json_too(tmp_path: 
         ({"type": "strin\x1bg\n"}, "type"),
         ({"minimum": float("nan")}, "JSON"),
         ({"const": {1, 2}}, "serializable"),
+        ({"enum": ["a\x9b31m", "b"]}, "control character"),
         ({"x-guidance": {"lenient": True}, "not": {}}, r'"not"'),  # what a keyword asks for is never left out
     ],
 )

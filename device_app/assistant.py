@@ -18,7 +18,9 @@ from device_app.bundle import Bundle
 from device_app.connection import Address, Connection
 from device_app.counters import Counters
 from device_app.decoding import Chosen, Decoding
+from device_app.drafting import Drafting, drafter_of
 from device_app.grammar import Constraint
+from device_app.pace import Pace
 from device_app.prompt import Message, Prompt, Prompter
 from device_app.sampler import Sampler, Sampling
 from device_app.session import Session
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from device_app.images import Source
 
 GREEDY = Sampling()
+DRAFTING = Drafting()
 DESCRIBE = "Describe this image."
 RETRY_SECONDS = 600.0
 
@@ -45,8 +48,10 @@ class Assistant:
         retry_seconds: float = RETRY_SECONDS,
         on_lost: Callable[[], None] = lambda: None,
         on_frame: Callable[[str, bytes], None] = lambda way, frame: None,
+        drafting: Drafting = DRAFTING,
     ) -> None:
-        """Options are `Connection`'s. Nothing is sent before the first question. Raises UsageError for an encoder."""
+        """Options but `drafting` are `Connection`'s. Nothing is sent before the first question. Raises UsageError for
+        an encoder."""
         bundle.want_kind("assistant", "decoder", "vision-decoder", "encoder-decoder")
         self.bundle = bundle
         self._session = Session(
@@ -59,6 +64,8 @@ class Assistant:
             token=token,
         )
         self._prompter = Prompter(bundle)
+        self._drafter = drafter_of(bundle) if drafting.most else None
+        self._pace = Pace(drafting.most, drafting.bytes_a_token)  # one for all answers: it learns
         self._begun = 0  # answers
         self._connection = Connection(
             self._session, address, retry_seconds=retry_seconds, on_lost=on_lost, on_frame=on_frame
@@ -279,6 +286,8 @@ class Assistant:
                 source=source,
                 constraint=constraint,
                 top_logprobs=top_logprobs,
+                drafter=self._drafter,
+                pace=self._pace,
             )
             text = TextStream(self.bundle.tokenizer.detokenizer(), manifest.hidden_ids, stop)
             yield from self._pieces(answer, decoding.tokens(ids, max_tokens), text, started)

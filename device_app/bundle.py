@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from device_app.opening import Widths
+from device_app.successors import NO_SUCCESSORS, SUCCESSORS, Successors
 from device_app.template import ChatTemplate
 from device_app.tokenizer import Detokenizer, Tokenizer, open_tokenizer
 from shared.errors import BundleError, UsageError
@@ -128,6 +129,7 @@ class Bundle:
     tokenizer: Tokenizer  # a NoText where there is no text
     template: ChatTemplate | None
     patches: Patches | None = None  # where the model takes images
+    successors: Successors = NO_SUCCESSORS  # for drafts
 
     @classmethod
     def open(cls, folder: Path) -> Bundle:
@@ -144,6 +146,9 @@ class Bundle:
             NoText() if manifest.tokenizer == "none" else open_tokenizer(folder, manifest.tokenizer),
             ChatTemplate(template.read_text(encoding="utf-8"), manifest.special_tokens) if template.exists() else None,
             Patches(folder / "image.onnx", manifest.image) if manifest.image is not None else None,
+            Successors.load(folder / SUCCESSORS, manifest.vocab_size)
+            if SUCCESSORS in manifest.files
+            else NO_SUCCESSORS,
         )
 
     @property

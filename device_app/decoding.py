@@ -28,15 +28,18 @@ TIES = 16  # more than the sampler keeps, so that ties at its edge are seen
 class Drafter(Protocol):
     """Guesses what follows."""
 
-    def draft(self, ids: Sequence[int], most: int) -> list[int]:
-        """At most `most` ids that may follow `ids`; none where it has no idea."""
+    def draft(self, ids: Sequence[int], most: int, least: float = 0.0) -> list[int]:
+        """At most `most` ids that may follow `ids`, while the chance that all up to there do is at least `least`."""
 
 
 class DraftLength(Protocol):
     """Says how long drafts should be, from how they fared."""
 
     def length(self) -> int:
-        """How many tokens to draft now; 0 where drafts do not pay."""
+        """How many tokens to draft now, at most."""
+
+    def least(self) -> float:
+        """The chance of being right that a drafted token needs to be worth its time."""
 
     def saw(self, *, drafted: int, accepted: int, seconds: float, cloud_seconds: float, size: int) -> None:
         """Takes the figures of one round trip: seconds on the clock, of which in the cloud; bytes both ways."""
@@ -115,10 +118,11 @@ class Decoding:
         length = min(self.pace.length(), room)
         if not length:
             return []
+        least = self.pace.least()
         with self.connection.session.counters.timed("draft"):
             if self.constraint is None:
-                return self.drafter.draft(ids, length)
-            draft = self.constraint.forced(room) or self.drafter.draft(ids, length)
+                return self.drafter.draft(ids, length, least)
+            draft = self.constraint.forced(room) or self.drafter.draft(ids, length, least)
             return draft[: self.constraint.accepts(draft)]
 
     def _ask(self, ids: list[int], draft: list[int], top_k: int) -> _RoundTrip:

@@ -40,6 +40,9 @@ class Steady:
     def length(self) -> int:
         return self.most
 
+    def least(self) -> float:
+        return 0.0
+
     def saw(self, **figures: Any) -> None:
         self.told.append(figures)
 
@@ -51,7 +54,7 @@ class Knowing:
     whole: Sequence[int]
     wrong: int = 10**9
 
-    def draft(self, ids: Sequence[int], most: int) -> list[int]:
+    def draft(self, ids: Sequence[int], most: int, least: float = 0.0) -> list[int]:
         start = len(ids)
         return [
             token if (start + at) % self.wrong else (token + 1) % 1000

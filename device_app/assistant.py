@@ -81,10 +81,12 @@ class Assistant:
         ca: Path | None = None,
         insecure: bool = False,
         retry_seconds: float = RETRY_SECONDS,
+        drafting: Drafting = DRAFTING,
     ) -> Assistant:
         """Opens the bundle in `folder` for the cloud at `url`. Raises BundleError, UsageError."""
         address = Address(url, ca, insecure)
-        return cls(Bundle.open(Path(folder)), address, token=token, retry_seconds=retry_seconds)
+        bundle = Bundle.open(Path(folder))
+        return cls(bundle, address, token=token, retry_seconds=retry_seconds, drafting=drafting)
 
     def __enter__(self) -> Assistant:
         return self
@@ -100,6 +102,11 @@ class Assistant:
     def counters(self) -> Counters:
         """Those of the last answer."""
         return self._session.counters
+
+    @property
+    def round_trip_seconds(self) -> float | None:
+        """How long a round trip takes on the line alone, smoothed; None before the first one."""
+        return self._pace.round_trip_seconds
 
     def cancel(self) -> None:
         """Stops the answer that is being made; the cloud drops what it has not started."""

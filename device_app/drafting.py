@@ -44,6 +44,9 @@ class Drafting:
             raise UsageError(f"bytes_a_token: seen {self.bytes_a_token}, wanted 1 or more, or None")
 
 
+NO_DRAFTS = Drafting(most=0)
+
+
 @dataclass(frozen=True)
 class _Guess:
     token: int

@@ -27,6 +27,11 @@ class Pace:
         self._tokens = self._seconds = self._bytes = 0.0  # sums in which older round trips count less
         self._plain = 0  # round trips since the last draft
 
+    @property
+    def round_trip_seconds(self) -> float | None:
+        """A round trip's time on the line, smoothed, without the cloud's own; None before the first."""
+        return self._line.seconds if self._line.weight else None
+
     def length(self) -> int:
         """How many tokens to draft at most; 0 while drafts took more bytes than they may."""
         allowed = self._bytes_a_token

@@ -169,7 +169,9 @@ class Bundle:
         from device_app.grammar import Grammar  # its library: only where it is asked for
 
         manifest = self.manifest
-        return Grammar(self.tokenizer, manifest.vocab_size, manifest.end_ids, manifest.hidden_ids)
+        return Grammar(
+            self.tokenizer, manifest.vocab_size, manifest.end_ids, {*manifest.hidden_ids, *manifest.banned_ids}
+        )
 
     def look(self, source: Source) -> Array:
         """Embeddings of an image. Raises UsageError for what is no image, and where the model takes none."""

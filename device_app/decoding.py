@@ -85,8 +85,14 @@ class Decoding:
         top_k = wanted if wanted <= opened.max_top_k else 0
         ids = list(prompt)
         while most > 0 and len(ids) <= opened.context:
-            room = min(most, opened.context - len(ids) + 1, session.most_rows(top_k))
-            draft = self._draft(ids, room - 1)
+            room = min(most, opened.context - len(ids) + 1)
+            if certain := self._certain(room):
+                for token in certain:
+                    most -= 1
+                    yield Chosen(token, None)
+                    self._take(token, ids)
+                continue
+            draft = self._draft(ids, min(room, session.most_rows(top_k)) - 1)
             trip = self._ask(ids, draft, top_k)
             session.counters.drafted += len(draft)
             accepted = 0
@@ -97,10 +103,7 @@ class Decoding:
                     session.counters.accepted += 1
                 most -= 1
                 yield chosen
-                ids.append(chosen.id)
-                self.sampler.observe(chosen.id)
-                if self.constraint is not None:
-                    self.constraint.advance(chosen.id)
+                self._take(chosen.id, ids)
                 if chosen.id != drafted:
                     break
             if self.pace is not None and trip.plain:
@@ -111,6 +114,19 @@ class Decoding:
                     cloud_seconds=trip.cloud_seconds,
                     size=trip.size,
                 )
+
+    def _take(self, token: int, ids: list[int]) -> None:
+        ids.append(token)
+        self.sampler.observe(token)
+        if self.constraint is not None:
+            self.constraint.advance(token)
+
+    def _certain(self, room: int) -> list[int]:
+        """Tokens that the constraint leaves no choice of: no model is asked for them, unless how probable they were."""
+        if self.constraint is None or self.top_logprobs is not None:
+            return []
+        with self.connection.session.counters.timed("draft"):
+            return self.constraint.forced(room)
 
     def _draft(self, ids: list[int], room: int) -> list[int]:
         if self.drafter is None or self.pace is None or room < 1:

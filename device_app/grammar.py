@@ -106,35 +106,37 @@ class _Followed:
         self._what = what
         self._matcher = matcher
         self._vocabulary = vocabulary
-        self._last: int | None = None
+        self._mask: Allowed | None = None  # what may come, once it has been asked for
+        self._begun = False  # whether the text so far ends with what may become a control character
 
     def allowed(self) -> Allowed:
-        mask: Allowed = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8) != 0
-        if self._last is not None and self._vocabulary.tokens[self._last].endswith(_FIRST):
-            mask &= ~self._vocabulary.second
-        if not mask.any() or self._matcher.is_error():
-            raise self._failed()
-        return mask
+        if self._mask is None:
+            mask: Allowed = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8) != 0
+            if self._begun:
+                mask &= ~self._vocabulary.second
+            if not mask.any() or self._matcher.is_error():
+                raise self._failed()
+            mask.flags.writeable = False
+            self._mask = mask
+        return self._mask
 
     def advance(self, token: int) -> None:
         if not self._matcher.consume_token(token):
             raise self._failed()
-        self._last = token
+        self._mask, self._begun = None, self._vocabulary.tokens[token].endswith(_FIRST)
 
     def accepts(self, ids: Sequence[int]) -> int:
         return self._matcher.validate_tokens(list(ids))
 
     def forced(self, most: int) -> list[int]:
         ids: list[int] = []
-        ahead = _Followed(self._what, self._matcher.deep_copy(), self._vocabulary)
-        ahead._last = self._last
-        while len(ids) < most:
-            only = np.flatnonzero(ahead.allowed())
-            if len(only) != 1:
-                break
-            ids.append(int(only[0]))
+        ahead = self
+        while len(ids) < most and np.count_nonzero(mask := ahead.allowed()) == 1:
+            ids.append(int(mask.argmax()))
             if ids[-1] in self._vocabulary.end_ids:
                 break
+            if ahead is self:
+                ahead = _Followed(self._what, self._matcher.deep_copy(), self._vocabulary)
             ahead.advance(ids[-1])
         return ids
 

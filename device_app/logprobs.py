@@ -21,15 +21,15 @@ class TokenLogprobs:
 def logprobs_of(row: Row, token: int, top: int) -> TokenLogprobs | None:
     """Those of `token` and of the `top` most likely, equal ones by plain id; None where only the full row can tell."""
     [places] = np.nonzero(row.ids == token)
-    if not places.size or (top > len(row.values) and not row.full):
+    if not places.size:
         return None
     values, ids = row.values, row.ids
-    if top < len(values):
-        edge = np.partition(values, -top)[-top] if top else np.inf
-        if top and not row.full and edge == values.min():
-            return None  # others that were not sent may be equal
+    if 0 < top <= len(values):
+        edge = np.partition(values, -top)[-top]
         likely = np.flatnonzero(values >= edge)
         values, ids = values[likely], ids[likely]
+    if top and not row.full and (top > len(values) or values.min() == row.values.min()):
+        return None  # of those that were not sent, some may be among them, or equal to the last
     best = np.lexsort((ids, -values))[:top]
     logprobs = (values[best].astype(np.float64) - row.log_sum_exp_at_one).tolist()
     chosen = float(row.values[places[0]]) - row.log_sum_exp_at_one

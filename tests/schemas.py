@@ -55,8 +55,9 @@ def _integer(random: np.random.Generator, depth: int) -> Schema:
 
 
 def _number(random: np.random.Generator, depth: int) -> Schema:
-    least = round(float(random.normal(0, 50)), 2)
-    return {"type": "number", "minimum": least, "maximum": round(least + float(random.random()) * 20 + 1, 1)}
+    least = int(random.integers(-200, 200)) / 4
+    # Without a step a number may go on with digits for ever, and a model of random weights does.
+    return {"type": "number", "minimum": least, "maximum": least + int(random.integers(1, 80)) / 4, "multipleOf": 0.25}
 
 
 def _boolean(random: np.random.Generator, depth: int) -> Schema:

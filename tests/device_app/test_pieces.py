@@ -53,6 +53,16 @@ def test_ids_become_the_text_of_the_stock_tokenizer_piece_by_piece(reference: Ma
         assert "".join(map(stream.push, ids)) + stream.finish() == reference.decode(ids)
 
 
+def test_the_bytes_of_pieces_make_the_text_behind_a_blank(reference: MarianTokenizer, written: Path) -> None:
+    tokenizer = open_tokenizer(written, "sentencepiece")
+    for line in LINES[:50]:
+        ids = tokenizer.encode(line)
+        stream = tokenizer.detokenizer()
+        text = "".join(map(stream.push, ids)) + stream.finish()
+        assert b"".join(map(tokenizer.token_bytes, ids)).decode().removeprefix(" ") == text
+    assert tokenizer.token_bytes(10**6) == b""
+
+
 @pytest.mark.parametrize("spoilt", ["source.spm", "vocab.json"])
 @pytest.mark.parametrize("contents", [None, b"", b"{}", b"not json"])
 def test_a_file_that_is_missing_or_spoilt_is_named(written: Path, tmp_path: Path, spoilt: str, contents: bytes) -> None:

@@ -265,6 +265,60 @@ def test_full_rows_are_rarely_needed_on_rows_that_have_a_peak(
     assert fetched <= most_fetched * 400
 
 
+@pytest.mark.parametrize("kind", ["half", "likely and not"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_full_rows_are_rarely_needed_where_a_grammar_allows_likely_ids(kind: str, temperature: float) -> None:
+    random = np.random.default_rng(8)
+    fetched = 0
+    for _ in range(40):
+        values = made_values("peaked", 5000, random)
+        allowed = made_allowed(kind, values, random)
+        assert allowed is not None
+        allowed[values.argmax()] = True
+        sampler = Sampler(Sampling(temperature=temperature), 5000)
+        row = top_row(values, 256, temperature, random)
+        fetched += sum(sampler.choose(row, position, allowed) is None for position in range(10))
+    assert fetched <= 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_banned_ids_and_biases_of_openais_ban_cost_no_full_rows(temperature: float) -> None:
+    random = np.random.default_rng(9)
+    fetched = 0
+    for _ in range(40):
+        values = made_values("peaked", 5000, random)
+        likely = np.argsort(-values)[1:4].tolist()  # not the first
+        bias = dict.fromkeys([*likely, *range(0, 5000, 97)], -100.0)
+        row = top_row(values, 256, temperature, random)
+        for sampler in (
+            Sampler(Sampling(temperature=temperature, logit_bias=bias), 5000),
+            Sampler(Sampling(temperature=temperature), 5000, banned=bias),
+        ):
+            chosen = [sampler.choose(row, position) for position in range(10)]
+            fetched += chosen.count(None)
+            assert not set(likely) & set(chosen)
+    assert fetched <= 8
+
+
+def test_an_id_that_was_not_sent_and_is_lifted_above_all_others_wants_the_full_row() -> None:
+    values = made_values("peaked", 5000, np.random.default_rng(10))
+    least = int(values.argmin())
+    row, full = top_row(values, 256, 1.0, np.random.default_rng(0)), full_row(values, 1.0)
+    for temperature in (0.0, 1.0):
+        sampler = Sampler(Sampling(temperature=temperature, logit_bias={least: 100.0}), 5000)
+        assert sampler.choose(row, 0) is None
+        assert sampler.choose(full, 0) == least
+
+
+def test_the_only_id_that_is_allowed_is_chosen_whatever_the_row_says() -> None:
+    values = made_values("peaked", 5000, np.random.default_rng(10))
+    allowed = np.zeros(5000, bool)
+    allowed[values.argmin()] = True
+    for temperature in (0.0, 1.0):
+        sampler = Sampler(Sampling(temperature=temperature), 5000)
+        assert sampler.choose(top_row(values, 16, 1.0, np.random.default_rng(0)), 0, allowed) == values.argmin()
+
+
 def test_full_rows_are_needed_on_flat_ones() -> None:
     random = np.random.default_rng(7)
     values = made_values("nearly flat", 5000, random)
@@ -287,8 +341,9 @@ def reference(
         logits[token] = logits[token] / scale if logits[token] > 0 else logits[token] * scale
     for token in range(len(logits)):
         count, added = answer.count(token), sampling.logit_bias.get(token, 0.0)
-        subtracted = sampling.frequency_penalty * count + sampling.presence_penalty * (count > 0)
-        logits[token] += added - subtracted
+        if count:
+            added = added - sampling.presence_penalty - sampling.frequency_penalty * count
+        logits[token] += added
     choosable = [token for token in range(len(logits)) if allowed is None or allowed[token]]
     kept = sorted(choosable, key=lambda token: (-logits[token], token))
     if sampling.temperature == 0:
@@ -345,6 +400,18 @@ def test_a_token_that_was_chosen_is_penalised_from_then_on() -> None:
     assert first == 0
     sampler.observe(first)
     assert sampler.choose(full_row(values, 0), 1) == 1
+
+
+def test_frequency_counts_the_answer_and_presence_counts_once_and_neither_the_prompt() -> None:
+    row = full_row(np.array([3.0, 2.0, 0.0], np.float32), 0)
+    often = Sampler(Sampling(frequency_penalty=0.4), 3, [0] * 9)
+    once = Sampler(Sampling(presence_penalty=0.4), 3, [0] * 9)
+    chosen = []
+    for sampler in (often, once):
+        for _ in range(3):
+            sampler.observe(0)
+        chosen.append(sampler.choose(row, 0))
+    assert chosen == [1, 0]
 
 
 def test_without_a_penalty_the_prompt_changes_nothing() -> None:
@@ -456,6 +523,9 @@ def test_a_draw_depends_on_seed_and_position_alone() -> None:
         ("repetition_penalty", 0.0),
         ("repetition_penalty", -1.0),
         ("repetition_penalty", math.inf),
+        ("frequency_penalty", math.nan),
+        ("frequency_penalty", -101.0),
+        ("presence_penalty", math.inf),
         ("seed", -1),
         ("seed", 2**64),
     ],
@@ -463,6 +533,18 @@ def test_a_draw_depends_on_seed_and_position_alone() -> None:
 def test_an_option_out_of_range_is_refused_by_name_and_value(name: str, value: float) -> None:
     with pytest.raises(UsageError, match=rf"^{name}: seen {value}, wanted "):
         Sampling(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [100.5, -101.0, math.nan, math.inf])
+def test_a_bias_out_of_range_is_refused(value: float) -> None:
+    with pytest.raises(UsageError, match=r"^logit_bias: seen .*, wanted -100 to 100"):
+        Sampling(logit_bias={1: 0.0, 2: value})
+
+
+@pytest.mark.parametrize("token", [-1, 300, 10**9])
+def test_a_bias_for_no_id_of_the_vocabulary_is_refused(token: int) -> None:
+    with pytest.raises(UsageError, match=r"logit_bias: .* not in the vocabulary of 300"):
+        Sampler(Sampling(logit_bias={token: 1.0}), 300)
 
 
 # --- ids that are never chosen ---

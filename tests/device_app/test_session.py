@@ -192,6 +192,7 @@ def test_rows_and_temperature_are_asked_for_as_given(session: Session) -> None:
     assert session.rows is not None and cloud.waiting == 0
     scaled = rows[1].astype(float) / 0.5
     assert session.rows[1].log_sum_exp == pytest.approx(np.log(np.exp(scaled).sum()), rel=1e-6)
+    assert session.rows[1].log_sum_exp_at_one == pytest.approx(np.logaddexp.reduce(rows[1].astype(float)), rel=1e-6)
 
 
 def test_a_question_beyond_the_context_is_refused_before_anything_is_sent(session: Session) -> None:
@@ -536,6 +537,16 @@ def test_a_log_sum_exp_that_fits_at_temperature_1_alone_is_refused(session: Sess
 
 
 @pytest.mark.parametrize("lie", [-1e30, -30.0, 30.0, 1e30])
+def test_a_log_sum_exp_at_1_that_does_not_fit_is_refused_at_every_temperature(session: Session, lie: float) -> None:
+    # Log-probabilities are told by it.
+    cloud, _ = asked_cloud(session, temperature=0.5)
+    honest = cloud.reply()
+    assert isinstance(honest, Logits)
+    with pytest.raises(DishonestError, match="log-sum-exp"):
+        session.receive(encode(tensors(honest, log_sum_exp=with_item(honest.log_sum_exp, (0, 0), lie))))
+
+
+@pytest.mark.parametrize("lie", [-1e30, -30.0, 30.0, 1e30])
 def test_at_temperature_1_no_unchecked_log_sum_exp_is_used(session: Session, lie: float) -> None:
     cloud, _ = asked_cloud(session)
     honest = cloud.reply()
@@ -734,7 +745,8 @@ def test_hidden_states_become_full_rows(classifying: Session, rows: int, tempera
         np.testing.assert_allclose(row.values, expected, rtol=1e-5, atol=1e-5)
         assert row.full and row.ids.tolist() == list(range(VOCAB)) and row.values.dtype == np.float32
         scaled = row.values.astype(float) / temperature
-        assert row.log_sum_exp == pytest.approx(scaled.max() + np.log(np.exp(scaled - scaled.max()).sum()), rel=1e-6)
+        assert row.log_sum_exp == pytest.approx(np.logaddexp.reduce(scaled), rel=1e-6)
+        assert row.log_sum_exp_at_one == pytest.approx(np.logaddexp.reduce(row.values.astype(float)), rel=1e-6)
 
 
 def test_hidden_states_are_revealed_by_a_matrix_too() -> None:

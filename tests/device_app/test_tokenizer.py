@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
@@ -106,6 +106,19 @@ def test_the_stream_gives_the_text_of_all_ids_whatever_they_are(
     assert "".join(streamed(tokenizer, ids)) == library.decode(ids, skip_special_tokens=False)
 
 
+@given(st.lists(st.integers(0, 330), max_size=40))
+def test_the_bytes_of_tokens_make_the_text_of_the_stream(tokenizer: Tokenizer, ids: list[int]) -> None:
+    whole = b"".join(map(tokenizer.token_bytes, ids))
+    assert whole.decode(errors="replace") == "".join(streamed(tokenizer, ids))
+
+
+def test_every_byte_is_some_token_and_both_kinds_agree(folder: Path) -> None:
+    onnx, json = (open_tokenizer(folder, kind) for kind in KINDS)
+    tokens = [onnx.token_bytes(token) for token in range(330)]
+    assert tokens == [json.token_bytes(token) for token in range(330)]
+    assert {bytes([byte]) for byte in range(256)} <= set(tokens)
+
+
 def _word_piece() -> Library:
     tokens = ["[UNK]", "do", "n", "'", "t", ".", "##s", "\ufffd", "é"]
     tokenizer = Library(models.WordPiece({token: place for place, token in enumerate(tokens)}, unk_token="[UNK]"))
@@ -125,6 +138,7 @@ def _llama_2_style() -> Library:
     return tokenizer
 
 
+@settings(deadline=None)  # each example opens a file
 @given(st.lists(st.integers(0, 5), max_size=20))
 @pytest.mark.parametrize("make", [_word_piece, _llama_2_style])
 def test_blanks_between_tokens_survive_the_stream(
@@ -136,6 +150,26 @@ def test_blanks_between_tokens_survive_the_stream(
     library.save(str(path / "tokenizer.json"))
     shown = "".join(streamed(open_tokenizer(path, "json"), ids))
     assert shown == library.decode(ids, skip_special_tokens=False)
+
+
+@pytest.fixture(scope="module")
+def with_marks(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer of the style of Llama 2's."""
+    folder = tmp_path_factory.mktemp("marks")
+    _llama_2_style().save(str(folder / "tokenizer.json"))
+    return open_tokenizer(folder, "json")
+
+
+@given(st.lists(st.integers(1, 261), max_size=20))
+def test_the_bytes_of_tokens_with_marks_for_blanks_make_the_text_but_for_the_first_blank(
+    with_marks: Tokenizer, ids: list[int]
+) -> None:
+    whole = b"".join(map(with_marks.token_bytes, ids))
+    try:
+        text = whole.decode()
+    except UnicodeDecodeError:  # the library gives a replacement character for each byte, not for each sequence
+        return
+    assert "".join(streamed(with_marks, ids)) == text.removeprefix(" ")
 
 
 def test_byte_tokens_make_characters_and_never_an_exception(tmp_path: Path) -> None:

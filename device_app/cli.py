@@ -31,6 +31,7 @@ def main() -> None:
     chat.add_argument("--seed", type=int, metavar="N", help="same seed, same answer (default: random)")
     chat.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
     chat.add_argument("--json", action="store_true", help="with -p: print one object with text, ids and figures")
+    chat.add_argument("--no-history", action="store_true", help="keep nothing of the talk on this device")
     chat.set_defaults(command=_chat)
 
     embed = commands.add_parser("embed", help="texts to vectors, a JSON array a line", parents=common)

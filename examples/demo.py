@@ -18,8 +18,8 @@ import numpy as np
 
 from device_app.assistant import Assistant
 from device_app.bundle import Bundle
-from device_app.chat import stream
 from device_app.connection import Address
+from device_app.printing import stream
 from examples.smollm2 import smollm2_gguf
 from shared.levels import limit
 from shared.wire import Append, Array, Logits, decode

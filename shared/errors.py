@@ -9,8 +9,9 @@
     │   └── AuditError        an audit cannot be made
     ├── BundleError           an exported folder is missing, damaged, edited or from another export
     ├── WireError             a frame breaks PROTOCOL.md; carries a protocol error code
-    ├── Cancelled         an answer that somebody else stopped
+    ├── Cancelled             an answer that somebody else stopped
     ├── RequestError          a well-formed request the cloud refuses; carries a protocol error code
+    ├── HistoryError          chats cannot be kept or read on this device
     └── CloudError            the device cannot get what it needs from the cloud
         ├── RefusedError      the cloud answered with an Error; carries its code
         ├── DishonestError    the cloud's reply cannot be true (ids out of range, NaN, wrong lengths)
@@ -73,6 +74,10 @@ class WireError(_Coded):
 
 class RequestError(_Coded):
     """A well-formed request that the cloud refuses. `code` is one of PROTOCOL.md's error codes."""
+
+
+class HistoryError(StipError):
+    """The chats kept on this device cannot be read or written. What was kept before is as it was."""
 
 
 class Cancelled(StipError):

@@ -62,6 +62,14 @@ def little_kv_memory() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def own_user_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Chats that tests hold are not kept among those of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def tokenizers_proved_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """An export proves its tokenizer on thousands of texts. The tiny ones all have the same: later ones get copies."""
     prove = device_half.export_tokenizer

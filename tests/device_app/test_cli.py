@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
-import pty
 import re
-import select
-import signal
 import socket
 import subprocess
 import sys
-import termios
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
@@ -32,6 +27,7 @@ from device_app.sampler import Sampling
 from shared.errors import BundleError
 from shared.levels import limit
 from tests.conftest import RunningCloud, open_assistant, run_cloud
+from tests.terminals import Terminal
 
 SECRET = "my secret illness"
 
@@ -236,71 +232,12 @@ def test_debug_shows_a_traceback(tmp_path: Path) -> None:
 # --- in a terminal ---
 
 
-class Terminal:
-    """`stip-device …` in a pseudo-terminal of its own, and what it shows."""
-
-    def __init__(self, *arguments: object) -> None:
-        self._master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "device_app", *map(str, arguments)],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            env=environment(),
-        )
-        os.close(slave)
-        self.shown = ""
-        self._seen = 0
-
-    def write(self, keys: str) -> None:
-        os.write(self._master, keys.encode())
-
-    def expect(self, pattern: str, seconds: float = 20) -> str:
-        """Waits until something new matches, and gives all that was shown up to its end."""
-        deadline = time.monotonic() + seconds
-        while not (match := re.search(pattern, self.shown[self._seen :])):
-            assert time.monotonic() < deadline, f"no {pattern!r} in {self.shown[self._seen :]!r}"
-            if select.select([self._master], [], [], 0.1)[0]:
-                try:
-                    data = os.read(self._master, 65536)
-                except OSError:  # Linux's end of file for a terminal
-                    data = b""
-                assert data, f"it ended without {pattern!r}: {self.shown[self._seen :]!r}"
-                self.shown += data.decode(errors="replace")
-        new = self.shown[self._seen : self._seen + match.end()]
-        self._seen += match.end()
-        return new
-
-    def insist(self, keys: str, pattern: str) -> str:
-        """Presses until it is noticed: Python looks at a Ctrl-C just before input() only at the next key."""
-        for _ in range(20):
-            self.write(keys)
-            with suppress(AssertionError):
-                return self.expect(pattern, seconds=1)
-        raise AssertionError(f"{keys!r} was not noticed: {self.shown!r}")
-
-    def leave(self) -> int:
-        """Reads to the end and gives the exit status."""
-        with suppress(OSError):
-            while data := os.read(self._master, 65536):
-                self.shown += data.decode(errors="replace")
-        return self.process.wait(20)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        os.close(self._master)
-
-
 @pytest.fixture
 def terminal() -> Iterator[Callable[..., Terminal]]:
     opened: list[Terminal] = []
 
     def open_(*arguments: object) -> Terminal:
-        opened.append(Terminal(*arguments))
+        opened.append(Terminal(*arguments, environment=environment()))
         return opened[-1]
 
     yield open_

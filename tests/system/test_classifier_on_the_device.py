@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from device_app import Sampling
-from device_app.chat import summary
+from device_app.printing import summary
 from export.scheme import SchemeName
 from tests.conftest import open_assistant, run_cloud, run_cloud_process
 

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from device_app import Sampling
+from device_app.drafting import NO_DRAFTS
 from device_app.printing import summary
 from export.scheme import SchemeName
 from tests.conftest import open_assistant, run_cloud, run_cloud_process
@@ -59,7 +60,7 @@ def test_sampled_ids_are_those_of_the_classifier_in_the_cloud(tiny_exports: Expo
 
 def test_a_token_brings_down_one_hidden_state(tiny_exports: Exports) -> None:
     export = tiny_exports("llama-tied", head="device")
-    with run_cloud(export) as cloud, open_assistant(export, cloud.url) as assistant:
+    with run_cloud(export) as cloud, open_assistant(export, cloud.url, drafting=NO_DRAFTS) as assistant:
         assistant.complete(PROMPT, max_tokens=1).finish()
         answer = assistant.complete(PROMPT, max_tokens=20).finish()
     counters = answer.stats.counters

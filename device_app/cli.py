@@ -1,10 +1,12 @@
-"""`stip-device`: chat with a private assistant, or ask a private encoder, captioner or translator."""
+"""`stip-device`: chat with a private assistant, serve it to programs and browsers, or ask a private encoder, captioner
+or translator."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from device_app.options import bundle_and_cloud
+from device_app.options import bundle_and_cloud, cloud
 from shared.command import debug_option, run
 
 IMAGES = "(JPEG, PNG, WebP, GIF, BMP, TIFF, …)"
@@ -33,6 +35,21 @@ def main() -> None:
     chat.add_argument("--json", action="store_true", help="with -p: print one object with text, ids and figures")
     chat.add_argument("--no-history", action="store_true", help="keep nothing of the talk on this device")
     chat.set_defaults(command=_chat)
+
+    serve = commands.add_parser(
+        "serve", help="an OpenAI-compatible API and a web page, on this machine", parents=[debug_option(), cloud()]
+    )
+    serve.add_argument("folders", type=Path, nargs="+", metavar="OUT/device", help="one or more bundles")
+    serve.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
+    serve.add_argument("--port", type=int, default=8080, metavar="N", help="0 takes a free one (default: %(default)s)")
+    serve.add_argument(
+        "--sessions", type=int, default=4, metavar="N", help="of each model, open in the cloud (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--api-key-file", type=Path, metavar="F", help="file with the API's key (or set STIP_API_KEY; else one is made)"
+    )
+    serve.add_argument("--no-history", action="store_true", help="keep no conversation of the page on this device")
+    serve.set_defaults(command=_serve)
 
     embed = commands.add_parser("embed", help="texts to vectors, a JSON array a line", parents=common)
     embed.add_argument("inputs", nargs="+", metavar="TEXT", help="a text, or - for the lines of stdin")
@@ -68,6 +85,12 @@ def main() -> None:
 
 def _chat(arguments: argparse.Namespace) -> None:
     from device_app.chat import command
+
+    command(arguments)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from device_app.gateway.server import command
 
     command(arguments)
 

@@ -11,9 +11,15 @@ from shared.errors import UsageError
 
 
 def bundle_and_cloud() -> argparse.ArgumentParser:
-    """The parent of every subcommand's parser: the folder, where the cloud is, and how to be let in."""
-    parent = argparse.ArgumentParser(add_help=False)
+    """The parent of the parser of a command for one bundle: the folder, where the cloud is, and how to be let in."""
+    parent = argparse.ArgumentParser(add_help=False, parents=[cloud()])
     parent.add_argument("folder", type=Path, metavar="OUT/device")
+    return parent
+
+
+def cloud() -> argparse.ArgumentParser:
+    """The parent of every subcommand's parser: where the cloud is, and how to be let in."""
+    parent = argparse.ArgumentParser(add_help=False)
     parent.add_argument("--url", required=True, help="of the cloud, for example ws://127.0.0.1:8765")
     parent.add_argument("--token-file", type=Path, metavar="F", help="file with the bearer token (or set STIP_TOKEN)")
     parent.add_argument(
@@ -44,13 +50,21 @@ def opened(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "bundle": bundle,
         "address": address,
-        "token": _token(arguments.token_file),
+        "token": read_token(arguments.token_file),
         "retry_seconds": arguments.retry_seconds,
-        "on_lost": lambda: note("\nstip-device: connection lost; trying again, the answer will go on"),
+        "on_lost": lost,
     }
 
 
-def _token(path: Path | None) -> str | None:
+def lost() -> None:
+    """Says that a connection broke."""
+    from device_app.terminal import note
+
+    note("\nstip-device: connection lost; trying again, the answer will go on")
+
+
+def read_token(path: Path | None) -> str | None:
+    """The bearer token for the cloud: of the file, or of STIP_TOKEN. Raises UsageError."""
     if path is None:
         return os.environ.get("STIP_TOKEN")
     try:

@@ -10,6 +10,7 @@ and behind the table, of several devices (see `together`) and of one:
 (e) 16 devices together against one alone
 (f) one device alone, (c), against generate(), (d), in tokens/s
 (g) 15 devices beside the prefill of another's long prompt, against the same without it
+(h) how soon the device app sends its first frame, and its memory (see `startup`)
 
 The columns take turns, round after round; a ratio is the median of the rounds' own ratios.
 """
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 from websockets.sync.client import connect
 
-from benchmarks import together
+from benchmarks import startup, together
 from benchmarks.full_cloud import PlainEngine, plain_engine, row_of
 from benchmarks.plain import DTYPES, RESULTS, machine, plain_model, smollm2_source
 from benchmarks.process import listening, run
@@ -91,6 +92,7 @@ def measure(out: Path, dtype: str, rounds: int, tokens: int) -> dict[str, Any]:
                 work[step].append(stip.counters.work_ns.get(step, 0) / 1e6 / tokens)
         traffic = stip.traffic()
         several = together.measure(out / "device", url, rounds, tokens)
+        start = startup.measure(out / "device", url)
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratios = {
         f"{one}/{other}": statistics.median(x / y for x, y in zip(times[one], times[other], strict=True))
@@ -110,6 +112,7 @@ def measure(out: Path, dtype: str, rounds: int, tokens: int) -> dict[str, Any]:
         "device_ms_per_token": steps | {"total": sum(steps.values())},
         **traffic,
         "devices": several | {"one_alone_to_generate": against_generate},
+        "start": start,
         "export_seconds": exported.seconds,
         "export_peak_bytes": exported.peak_bytes,
     }
@@ -226,6 +229,7 @@ def show(figures: dict[str, Any]) -> None:
     )
     print(f"export    {figures['export_seconds']:.1f} s, peak {figures['export_peak_bytes'] / 2**20:.0f} MiB")
     together.show(figures["devices"], figures["devices"]["one_alone_to_generate"])
+    startup.show(figures["start"])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from device_app.connection import Address, Connection
 from device_app.counters import Counters
 from device_app.decoding import Chosen, Decoding
 from device_app.drafting import Drafting, drafter_of
-from device_app.grammar import Constraint
 from device_app.pace import Pace
 from device_app.prompt import Message, Prompt, Prompter
 from device_app.sampler import Sampler, Sampling
@@ -28,6 +27,7 @@ from device_app.text import TextStream, one_line
 from shared.errors import BundleError, Cancelled, RefusedError, UsageError
 
 if TYPE_CHECKING:
+    from device_app.grammar import Constraint
     from device_app.images import Source
 
 GREEDY = Sampling()
@@ -112,9 +112,10 @@ class Assistant:
         """Stops the answer that is being made; the cloud drops what it has not started."""
         self._connection.cancel()
 
-    def interrupt(self) -> None:
-        """For signal handlers: the answer being made raises KeyboardInterrupt where no reply is lost."""
-        self._connection.interrupted = KeyboardInterrupt()
+    def interrupt(self, error: BaseException | None = None) -> None:
+        """For signal handlers and other threads: who waits for the cloud raises KeyboardInterrupt, or `error`, where
+        no reply is lost."""
+        self._connection.interrupted = error or KeyboardInterrupt()
 
     def context(self) -> int:
         """Positions that a prompt and its answer may take. Connects if need be; raises CloudError."""
@@ -299,10 +300,7 @@ class Assistant:
             text = TextStream(self.bundle.tokenizer.detokenizer(), manifest.hidden_ids, stop)
             yield from self._pieces(answer, decoding.tokens(ids, max_tokens), text, started)
 
-        return Answer(lambda answer: self._watched(answer, pieces(answer)), self._cancel)
-
-    def _cancel(self) -> None:
-        self._connection.interrupted = Cancelled(STOPPED)
+        return Answer(lambda answer: self._watched(answer, pieces(answer)), lambda: self.interrupt(Cancelled(STOPPED)))
 
     def _watched(self, answer: Answer, pieces: Generator[str]) -> Generator[str]:
         """The pieces, timed; an answer that does not come to its end is cancelled in the cloud."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +19,14 @@ from device_app.template import ChatTemplate
 from device_app.tokenizer import Detokenizer, Tokenizer, open_tokenizer
 from shared.errors import BundleError, UsageError
 from shared.key import UserKey
-from shared.manifest import DeviceManifest, ImageFormat, Kind, check_files, read_manifest
+from shared.manifest import DeviceManifest, ImageFormat, Kind, check_file, read_manifest
 from shared.wire import Array
 
 if TYPE_CHECKING:
     from device_app.grammar import Grammar
     from device_app.images import Source
+
+TABLE = ".onnx.data"  # how the names of a graph's external data end
 
 
 class Embedding:
@@ -135,7 +139,11 @@ class Bundle:
     def open(cls, folder: Path) -> Bundle:
         """Opens a bundle. Raises BundleError if it is not whole, was edited, or mixes two exports."""
         manifest = read_manifest(folder, DeviceManifest)
-        check_files(folder, manifest, contents=True)
+        with _checked(folder, manifest):
+            return cls._loaded(folder, manifest)
+
+    @classmethod
+    def _loaded(cls, folder: Path, manifest: DeviceManifest) -> Bundle:
         key = _fitting_key(folder / "key.safetensors", manifest)
         template = folder / "chat_template.jinja"
         return cls(
@@ -180,6 +188,35 @@ class Bundle:
         from device_app.images import pixels  # Pillow: only where there is something to look at
 
         return self.patches(pixels(source, self.manifest.image))
+
+
+@contextmanager
+def _checked(folder: Path, manifest: DeviceManifest) -> Iterator[None]:
+    """Checks what will be parsed, and then the tables of numbers beside the loading, which may end first.
+
+    A damaged table harms no parser, and is most of a bundle's bytes. What is wrong with it goes before what came of it.
+    """
+    tables = [name for name in manifest.files if name.endswith(TABLE)]
+    for name in manifest.files:
+        if name not in tables:
+            check_file(folder, manifest, name, contents=True)
+    found: list[Exception] = []
+
+    def check() -> None:
+        try:
+            for name in tables:
+                check_file(folder, manifest, name, contents=True)
+        except Exception as error:
+            found.append(error)
+
+    checking = threading.Thread(target=check, name="digests", daemon=True)
+    checking.start()
+    try:
+        yield
+    finally:
+        checking.join()
+        if found:
+            raise found[0]
 
 
 def _fitting_key(path: Path, manifest: DeviceManifest) -> UserKey:

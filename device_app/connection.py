@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 from urllib.parse import urlsplit
 
 from websockets.exceptions import (
@@ -23,13 +23,15 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
 
-from device_app.encode import EncoderSession, Want
 from device_app.opening import Opening
-from device_app.sampler import Row
-from device_app.session import Session
 from shared.errors import DishonestError, RefusedError, UnreachableError, UsageError
 from shared.loopback import is_loopback
 from shared.wire import SUBPROTOCOL, Array, Opened
+
+if TYPE_CHECKING:
+    from device_app.encode import EncoderSession, Want
+    from device_app.sampler import Row
+    from device_app.session import Session
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts
 POLL_SECONDS = 0.1  # between looks at `interrupted`

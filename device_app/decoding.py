@@ -12,14 +12,16 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from device_app.connection import Connection
-from device_app.grammar import Constraint
 from device_app.logprobs import TokenLogprobs, logprobs_of
 from device_app.sampler import Row, Sampler, Sampling
 from device_app.session import Session
 from shared.errors import BundleError
+
+if TYPE_CHECKING:
+    from device_app.grammar import Constraint
 
 TOP_K = 256  # rows asked for: 2 KiB a token in float32, and more than 90 % of the mass
 TIES = 16  # more than the sampler keeps, so that ties at its edge are seen

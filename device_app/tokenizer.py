@@ -6,15 +6,19 @@ import codecs
 import importlib.util
 import json
 import re
+from collections.abc import Callable
+from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import onnxruntime
-import tokenizers
 
 from shared.errors import BundleError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 
 class Detokenizer(Protocol):
@@ -46,10 +50,13 @@ def open_tokenizer(folder: Path, kind: Literal["onnx", "json", "sentencepiece"])
         from device_app.pieces import PieceTokenizer  # its library is for translation models alone
 
         return PieceTokenizer(folder / "source.spm", folder / "vocab.json")
-    fallback = JsonTokenizer(folder / "tokenizer.json")
+    path = folder / "tokenizer.json"
     if kind == "json":
-        return fallback
-    return OnnxTokenizer(folder / "tokenizer.onnx", folder / "detokenizer.onnx", fallback)
+        return JsonTokenizer(path)
+    if not path.is_file():
+        raise BundleError(f"{path}: missing", hint="copy the whole folder again")
+    # Few chats ever need the fallback, and to read it takes as long as all else that a tokenizer needs.
+    return OnnxTokenizer(folder / "tokenizer.onnx", folder / "detokenizer.onnx", cache(lambda: JsonTokenizer(path)))
 
 
 def _unreadable(path: Path, error: Exception) -> BundleError:
@@ -89,7 +96,7 @@ def _valid(text: str) -> str:
 class OnnxTokenizer:
     """tokenizer.onnx and detokenizer.onnx. Text that the custom op cannot read goes to the fallback, tokenizer.json."""
 
-    def __init__(self, encoder: Path, decoder: Path, fallback: Tokenizer) -> None:
+    def __init__(self, encoder: Path, decoder: Path, fallback: Callable[[], Tokenizer]) -> None:
         self._encoder, self._fallback = _session(encoder), fallback
         # Its table, once: to run the graph for every token takes twenty times as long as to cut bytes out of it.
         try:
@@ -104,7 +111,7 @@ class OnnxTokenizer:
     def encode(self, text: str) -> list[int]:
         text = _valid(text)
         if self._outside.search(text):
-            return self._fallback.encode(text)
+            return self._fallback().encode(text)
         ids: list[int] = self._encoder.run(None, {"text": np.array([text], dtype=object)})[0].tolist()
         return ids
 
@@ -159,6 +166,8 @@ class JsonTokenizer:
     """tokenizer.json, by the library tokenizers."""
 
     def __init__(self, path: Path) -> None:
+        import tokenizers  # only where it is wanted
+
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception

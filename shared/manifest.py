@@ -164,21 +164,26 @@ def check_files(folder: Path, manifest: Manifest, *, contents: bool) -> None:
 
     Raises BundleError naming the file, what was seen and what was wanted.
     """
-    for name, entry in manifest.files.items():
-        path = folder / name
-        if Path(name).name != name:
-            raise BundleError(f"{folder}: manifest names {name!r}, wanted a plain file name", hint="export again")
-        if not path.is_file():
-            raise BundleError(f"{path}: missing", hint="copy the whole folder again")
-        length = path.stat().st_size
-        if length != entry.bytes:
-            raise BundleError(
-                f"{path}: seen {length} bytes, wanted {entry.bytes}", hint="truncated? copy it again from the export"
-            )
-        if entry.header_sha256 and shard_header_digest(path) != entry.header_sha256:
-            raise BundleError(
-                f"{path}: its header is not the one this export wrote",
-                hint="swapped with another shard, or from another export; copy it again",
-            )
-        if (contents or entry.header_sha256 is None) and file_entry(path).sha256 != entry.sha256:
-            raise BundleError(f"{path}: its SHA-256 is not the one in the manifest", hint="damaged; copy it again")
+    for name in manifest.files:
+        check_file(folder, manifest, name, contents=contents)
+
+
+def check_file(folder: Path, manifest: Manifest, name: str, *, contents: bool) -> None:
+    """The same for one of the manifest's files."""
+    path, entry = folder / name, manifest.files[name]
+    if Path(name).name != name:
+        raise BundleError(f"{folder}: manifest names {name!r}, wanted a plain file name", hint="export again")
+    if not path.is_file():
+        raise BundleError(f"{path}: missing", hint="copy the whole folder again")
+    length = path.stat().st_size
+    if length != entry.bytes:
+        raise BundleError(
+            f"{path}: seen {length} bytes, wanted {entry.bytes}", hint="truncated? copy it again from the export"
+        )
+    if entry.header_sha256 and shard_header_digest(path) != entry.header_sha256:
+        raise BundleError(
+            f"{path}: its header is not the one this export wrote",
+            hint="swapped with another shard, or from another export; copy it again",
+        )
+    if (contents or entry.header_sha256 is None) and file_entry(path).sha256 != entry.sha256:
+        raise BundleError(f"{path}: its SHA-256 is not the one in the manifest", hint="damaged; copy it again")

@@ -248,13 +248,32 @@ def test_a_classifier_that_cannot_be_loaded_is_named(
     refused(folder, names="classifier.onnx", hint="export")
 
 
-@pytest.mark.parametrize("name", ["embedding.onnx", "tokenizer.onnx", "detokenizer.onnx", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["embedding.onnx", "tokenizer.onnx", "detokenizer.onnx"])
 def test_a_model_that_cannot_be_loaded_is_named_though_its_digest_fits(folder: Path, name: str) -> None:
     if not (folder / name).exists():
         pytest.skip("this export took the other tokenizer")
     (folder / name).write_bytes(b"not a model")
     sealed(folder)
     refused(folder, names=name, hint="export")
+
+
+def test_a_fallback_that_cannot_be_read_is_named_by_the_first_text_that_needs_it(folder: Path) -> None:
+    if read_manifest(folder, DeviceManifest).tokenizer != "onnx":
+        pytest.skip("this export took the other tokenizer")
+    (folder / "tokenizer.json").write_bytes(b"not a tokenizer")
+    sealed(folder)
+    tokenizer = Bundle.open(folder).tokenizer
+    assert tokenizer.encode("the cat")
+    with pytest.raises(BundleError, match=r"tokenizer\.json"):
+        tokenizer.encode("the\0cat")
+
+
+def test_a_damaged_table_is_named_even_where_something_else_fails_for_it(folder: Path) -> None:
+    (folder / "embedding.onnx").write_bytes(b"not a model")
+    sealed(folder)
+    table = folder / "embedding.onnx.data"
+    table.write_bytes(bytes(table.stat().st_size))
+    assert "SHA-256" in refused(folder, names=str(table), hint="damaged")
 
 
 def test_a_template_that_is_none_is_refused(folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""The raw protocol, for people who build their own client."""

@@ -43,7 +43,7 @@ from shared.wire import Append, Array, Cancel, Encode, Encoded, Error, Hidden, L
 
 MOST_ROWS = 16  # that are asked for at once: so many hidden states, or tops of rows, a reply may hold
 BYTES_A_VALUE = 8  # a logit and its id
-MOST_IMAGE_BYTES = 256 * 2**20  # of embeddings that are kept for replays
+MOST_IMAGE_BYTES = 16 * 2**20  # of embeddings that are kept beside the question's own: prompts bring theirs again
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,3 @@
+from examples.cabin.cabin import main
+
+main()

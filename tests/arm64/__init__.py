@@ -1,0 +1,1 @@
+"""The device on an emulated arm64: `python -m tests.arm64`."""

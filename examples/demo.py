@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
 
 from device_app.assistant import Assistant
 from device_app.bundle import Bundle
 from device_app.connection import Address
+from device_app.gateway.witness import Witness
 from device_app.printing import stream
 from examples.smollm2 import smollm2_gguf
 from shared.levels import limit
-from shared.wire import Append, Array, Logits, decode
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "demo"
@@ -100,60 +97,24 @@ def ask(assistant: Assistant, witness: Witness, messages: list[dict[str, str]], 
     answer = assistant.chat(messages, max_tokens=256)
     stream(assistant, answer)
     messages.append({"role": "assistant", "content": answer.text})
-    witness.tell()
+    tell(assistant.bundle, witness)
 
 
-class Witness:
-    """Reads the frames as the cloud does, without the key."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        self._bundle = bundle
-        self._vectors: list[Array] = []
-        self._read: list[int] = []
-        self._table: dict[bytes, int] | None = None
-
-    def forget(self) -> None:
-        """Starts a new question."""
-        self._vectors, self._read = [], []
-
-    def see(self, way: str, frame: bytes) -> None:
-        """Takes a frame as it travels."""
-        message = decode(frame)
-        if isinstance(message, Append):
-            self._vectors += list(message.embeddings.astype(np.float32))
-        elif isinstance(message, Logits):
-            self._read += [int(ids[0]) for ids in message.ids]
-
-    def tell(self) -> None:
-        """Prints what the cloud saw."""
-        heading("What the cloud saw")
-        values = " ".join(f"{value:+.3f}" for value in self._vectors[-1][:10])
-        print(f"  it was sent {len(self._vectors)} vectors in a secret order of their features; the last one begins\n")
-        print(f"    {values} …\n")
-        print("  its best logits, read as tokens without the key, say\n")
-        print(f"    {self._text(self._read)!r}\n")
-        recovered = [self._look_up(vector) for vector in self._vectors]
-        found = [token for token in recovered if token is not None]
-        print(f"  but someone who holds the model's embedding table finds {len(found)} of {len(recovered)} tokens by")
-        print("  comparing sorted entries, with no key at all:\n")
-        print(f"    {self._text(found)!r}\n")
-        print(f"  The limit: {limit(self._bundle.manifest.scheme)}.")
-        print("  SECURITY.md says what each attacker gets; `stip-export audit` measures it.")
-
-    def _look_up(self, vector: Array) -> int | None:
-        if self._table is None:
-            table = self._bundle.embed(range(self._bundle.manifest.vocab_size))
-            self._table = {_fingerprint(row): token for token, row in enumerate(table)}
-        return self._table.get(_fingerprint(vector))
-
-    def _text(self, ids: Sequence[int]) -> str:
-        stream = self._bundle.tokenizer.detokenizer()
-        return "".join([stream.push(token) for token in ids] + [stream.finish()])
-
-
-def _fingerprint(vector: Array) -> bytes:
-    """The same for a vector and any reordering of it."""
-    return hashlib.blake2b(np.sort(vector).tobytes(), digest_size=16).digest()
+def tell(bundle: Bundle, witness: Witness) -> None:
+    """Prints what the cloud saw."""
+    heading("What the cloud saw")
+    sight = witness.take()
+    values = " ".join(f"{value:+.3f}" for value in sight.vectors[-1][:10])
+    print(f"  it was sent {len(sight.vectors)} vectors in a secret order of their features; the last one begins\n")
+    print(f"    {values} …\n")
+    print("  its best logits, read as tokens without the key, say\n")
+    print(f"    {sight.read!r}\n")
+    found = max(sight.found.values())
+    print(f"  but someone who holds the model's embedding table finds {found} of {sight.positions} tokens by")
+    print("  comparing lengths and sorted entries, with no key at all:\n")
+    print(f"    {sight.text!r}\n")
+    print(f"  The limit: {limit(bundle.manifest.scheme)}.")
+    print("  SECURITY.md says what each attacker gets; `stip-export audit` measures it.")
 
 
 def heading(text: str) -> None:

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from device_app.gateway import chat_completions, completions, embeddings, models, static
+from device_app.gateway import chat_completions, completions, embeddings, models, page_api, static
 from device_app.gateway.errors import ApiError, api_error
 from device_app.gateway.guard import Guard, Hosts
 from device_app.gateway.serving import Gateway
@@ -33,6 +33,7 @@ def application(gateway: Gateway, *, hosts: Hosts, key: str) -> ASGIApp:
         *completions.routes(gateway),
         *embeddings.routes(gateway),
         *models.routes(gateway),
+        *page_api.routes(gateway),
         *static.routes(),
     ]
     handlers = {ApiError: _api_error, StipError: _stip_error, HTTPException: _http_error, Exception: _failure}

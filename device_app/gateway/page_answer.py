@@ -1,0 +1,265 @@
+"""One answer as the page gets it: events with the HTML of what is new, the figures, and what the cloud saw.
+
+The answer is made by a task of its own, which keeps it in the history however it ends; events are read from its state
+at a bounded rate, so a slow page holds nothing up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+
+from device_app.answer import Answer, Stats
+from device_app.gateway.errors import ApiError, api_error
+from device_app.gateway.page_images import joined, with_files
+from device_app.gateway.serving import Gateway, ServedModel
+from device_app.gateway.watching import Watch
+from device_app.gateway.witness import Sight, Witness
+from device_app.history import Chat, Content
+from device_app.markdown import render
+from device_app.prompt import Prompter
+from device_app.sampler import Sampling
+from shared.errors import Cancelled, HistoryError, StipError
+from shared.wire import Array
+
+TICK_SECONDS = 0.1  # between events
+RENDERING_SHARE = 0.2  # of the time, at most, goes into rendering a text that grows
+SHOWN_VECTORS = 512  # of one event
+STEPS_A_SPREAD = 32  # of the shown values: a root mean square of a vector is so many
+
+
+class Settings(msgspec.Struct):
+    """How a chat is answered."""
+
+    system: Annotated[str, msgspec.Meta(max_length=100_000)] = ""
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.7
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.95
+    top_k: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 0
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, msgspec.Meta(ge=0.5, le=2)] = 1.0
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 512
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**53)] | None = None  # None: another one each time
+
+    def sampling(self) -> Sampling:
+        """What the sampler takes."""
+        return Sampling(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=secrets.randbits(32) if self.seed is None else self.seed,
+        )
+
+
+class PageAnswer:
+    """`prepare`, `start`, then `events`; `stop` at any time."""
+
+    def __init__(self, gateway: Gateway, served: ServedModel, chat: Chat, watch: Watch) -> None:
+        self._history = gateway.history
+        self._served = served
+        self._chat = chat
+        self._watch = watch
+        self._settings = msgspec.convert(chat.settings, Settings)
+        self._conversation: list[dict[str, Any]] = []
+        self._text = ""
+        self._stats = Stats()
+        self._finish_reason = ""
+        self._witness: Witness | None = None
+        self._notices: list[dict[str, Any]] = []  # of failures, to be told
+        self._work: asyncio.Task[None] | None = None
+        self._answer: Answer | None = None
+
+    async def prepare(self, asked: Content | None, keep: int | None, title: str) -> None:
+        """Brings the history to where the answer begins. Raises ApiError where there is nothing to answer."""
+        history, chat_id = self._history, self._chat.id
+        messages = await asyncio.to_thread(history.messages, chat_id)
+        kept = messages if keep is None else messages[:keep]
+        said: list[tuple[str, Content]] = [(message.role, message.content) for message in kept]
+        if asked is not None:
+            said.append(("user", asked))
+        if not said or said[-1][0] != "user":
+            raise ApiError(400, "text: seen none, wanted a question", param="text")
+        self._conversation = _conversation(said)
+        if self._settings.system.strip():
+            self._conversation.insert(0, {"role": "system", "content": self._settings.system})
+
+        def keep_question() -> None:
+            if len(kept) < len(messages):
+                history.cut(chat_id, len(kept))
+            if asked is not None:
+                history.append(chat_id, "user", asked)
+            if not self._chat.title and title:
+                history.change(chat_id, title=title)
+
+        await self._kept(keep_question)
+
+    def start(self, ended: Callable[[], object]) -> None:
+        """Begins the answer; `ended` is called once it is kept."""
+        self._work = asyncio.create_task(self._run())
+        self._work.add_done_callback(lambda _: ended())
+
+    async def stop(self) -> None:
+        """Ends the answer and waits until it has ended, and what there is of it is kept."""
+        self._cancel()
+        if self._work is not None:
+            await asyncio.wait({self._work})
+
+    def _cancel(self) -> None:
+        if self._answer is not None:
+            self._answer.cancel()  # raises Cancelled where the answer is made
+        elif self._work is not None:
+            self._work.cancel()  # it waits for a session
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Server-sent events, until the answer has ended. Who stops reading stops the answer."""
+        assert self._work is not None
+        shown = _Shown()
+        looking: asyncio.Task[Sight] | None = None
+        pause = TICK_SECONDS
+        try:
+            while not self._work.done():
+                await asyncio.wait({self._work}, timeout=pause)
+                began = time.perf_counter()
+                if (blocks := await shown.new(self._text)) is not None:
+                    yield _event("html", **blocks)
+                    pause = max(TICK_SECONDS, (time.perf_counter() - began) / RENDERING_SHARE)
+                yield _event("figures", figures=figures(self._stats))
+                if looking is not None and looking.done():
+                    yield _event("wire", **_seen(looking.result()))
+                    looking = None
+                if looking is None and self._witness is not None:
+                    looking = asyncio.create_task(asyncio.to_thread(self._witness.take))
+            if (blocks := await shown.new(self._text)) is not None:
+                yield _event("html", **blocks)
+            for notice in self._notices:
+                yield _event(**notice)
+            yield _event("done", finish_reason=self._finish_reason, text=self._text, figures=figures(self._stats))
+            if looking is not None:
+                yield _event("wire", **_seen(await looking))
+            if self._witness is not None:
+                yield _event("wire", **_seen(await asyncio.to_thread(self._witness.take)))
+        finally:
+            self._cancel()
+
+    async def _run(self) -> None:
+        """Makes the answer and keeps it, however it ends."""
+        try:
+            await self._make()
+        except (asyncio.CancelledError, Cancelled):
+            self._finish_reason = "cancelled"
+        except ApiError as error:
+            self._failed(error)
+        except StipError as error:
+            self._failed(api_error(error))
+        except Exception:
+            self._failed(ApiError(500, "the answer failed; the gateway's log says where"))
+            raise
+        finally:
+            await self._keep_answer()
+
+    async def _make(self) -> None:
+        ids = await asyncio.to_thread(self._ids)
+        async with self._served.pool.lease(ids) as lease:
+            with self._watch.over(self._served, lease.number) as witness:
+                self._witness = witness
+                answer: Answer = lease.client.chat(
+                    self._conversation, sampling=self._settings.sampling(), max_tokens=self._settings.max_tokens
+                )
+                self._answer, self._stats = answer, answer.stats
+                try:
+                    async for piece in lease.run(answer):
+                        self._text += piece
+                finally:
+                    self._finish_reason = answer.finish_reason or ""
+
+    def _ids(self) -> list[int]:
+        """Of the whole conversation: the session that holds most of them is the one to ask."""
+        prompter = Prompter(self._served.bundle)
+        return prompter.ids(prompter.turns(self._conversation))
+
+    def _failed(self, error: ApiError) -> None:
+        self._finish_reason = "error"
+        self._notices.append({"kind": "error", "message": error.message, "again": error.retry_after is not None})
+
+    async def _keep_answer(self) -> None:
+        if not self._text:
+            return
+        details = {"finish_reason": self._finish_reason, "figures": figures(self._stats)}
+        await self._kept(lambda: self._history.append(self._chat.id, "assistant", self._text, **details))
+
+    async def _kept(self, change: Callable[[], object]) -> None:
+        """Changes the history. Where it cannot be changed the page is told, and the chat goes on without."""
+        try:
+            await asyncio.shield(asyncio.to_thread(change))
+        except HistoryError as error:
+            message = f"This is not kept: {error}" + (f" ({error.hint})" if error.hint else "")
+            self._notices.append({"kind": "notice", "message": message})
+
+
+def _conversation(said: Sequence[tuple[str, Content]]) -> list[dict[str, Any]]:
+    """Messages as the prompt takes them. A question that was never answered is one with the next."""
+    merged: list[tuple[str, Content]] = []
+    for role, content in said:
+        if merged and merged[-1][0] == role:
+            merged[-1] = (role, joined(merged[-1][1], content))
+        else:
+            merged.append((role, content))
+    return [{"role": role, "content": with_files(content)} for role, content in merged]
+
+
+class _Shown:
+    """What the page shows of an answer, block by block."""
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._blocks: list[str] = []
+
+    async def new(self, text: str) -> dict[str, Any] | None:
+        """Blocks that changed, and where they begin; None where nothing did."""
+        if text == self._text:
+            return None
+        blocks = await asyncio.to_thread(render, text)
+        same = 0
+        while same < min(len(blocks), len(self._blocks)) and blocks[same] == self._blocks[same]:
+            same += 1
+        self._text, self._blocks = text, blocks
+        return {"start": same, "blocks": blocks[same:]}
+
+
+def figures(stats: Stats) -> dict[str, Any]:
+    """The client's own figures of an answer."""
+    counters = {name: value for name, value in vars(stats.counters).items() if isinstance(value, int)}
+    own = {name: value for name, value in vars(stats).items() if isinstance(value, (int, float))}
+    return own | {"tokens_per_second": stats.tokens_per_second} | counters
+
+
+def _event(kind: str, **content: Any) -> bytes:
+    return b"data: " + msgspec.json.encode({"kind": kind, **content}) + b"\n\n"
+
+
+def _seen(sight: Sight) -> dict[str, Any]:
+    return {
+        "vectors": [_drawn(vector) for vector in sight.vectors[-SHOWN_VECTORS:]],
+        "last": [round(float(value), 4) for value in sight.vectors[-1][:12]] if sight.vectors else [],
+        "images": sight.images,
+        "round_trips": [[round(one.total, 1), round(one.cloud, 1)] for one in sight.round_trips],
+        "read": sight.read,
+        "positions": sight.positions,
+        "found": sight.found,
+        "text": sight.text,
+    }
+
+
+def _drawn(vector: Array) -> str:
+    """The values of a vector, as one signed byte each in base64."""
+    spread = float(np.sqrt(np.square(vector).mean())) or 1.0
+    steps = np.clip(np.rint(vector / spread * STEPS_A_SPREAD), -127, 127).astype(np.int8)
+    return base64.b64encode(steps.tobytes()).decode()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -294,3 +296,8 @@ def test_a_token_that_may_not_come_is_an_error_and_not_a_wrong_text(grammar: Gra
 def test_a_model_whose_answers_cannot_end_has_no_grammar(tokenizer: Tokenizer) -> None:
     with pytest.raises(BundleError, match="end_ids: seen none"):
         Grammar(tokenizer, VOCAB, [], HIDDEN)
+
+
+def test_the_library_is_loaded_only_where_a_grammar_is_made() -> None:
+    program = "import sys, device_app.cli, device_app.chat, device_app.assistant; print('llguidance' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"

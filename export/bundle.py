@@ -29,6 +29,7 @@ from shared.key import new_key_id
 from shared.manifest import CloudManifest, DeviceManifest, FileEntry, file_entry, write_manifest
 from shared.wire import FloatName
 
+Drafts = Literal["table", "none"]
 SEEDED = "seeded: not for use"
 DTYPES: dict[FloatName, torch.dtype] = {
     "float32": torch.float32,
@@ -66,6 +67,7 @@ def export_model(
     dtype: FloatName | Literal["auto"] = "auto",
     name: str | None = None,
     shard_bytes: int = 2 * 2**30,
+    drafts: Drafts = "table",
     seed: int | None = None,
 ) -> Report:
     """Exports `model` (hub id, folder or .gguf) to OUT/cloud, OUT/device and OUT/export.json.
@@ -73,6 +75,7 @@ def export_model(
     head: where the classifier runs. On the device it must be tied, as devices hold the embedding table alone.
     dtype: of the stored weights; auto keeps the source's, or float32 where it is mixed or quantised.
     name: what devices ask for; by default `model-` and part of the key id, as the cloud need not know more.
+    drafts: whether devices of a decoder get a table of likely successors to draft from.
     seed: for tests alone; the output then says that it is not for use.
     Raises ExportError; nothing is then left at `out`.
     """
@@ -104,7 +107,7 @@ def export_model(
         device.mkdir(mode=0o700)
         unmoved = write_cloud(source, family, drawn, plan, stored, cloud, key_id, shard_bytes)
         write_manifest(CloudManifest(**common, files=_entries(cloud), absent=plan.absent), cloud)
-        half = write_device(source, family, drawn, stored, device, key_id, head)
+        half = write_device(source, family, drawn, stored, device, key_id, head, drafts=drafts == "table")
         check = check_equivalence(source, family, drawn, stored, cloud, device, half.samples, head)
         manifest = DeviceManifest(**common | half.described, files=_entries(device), check=msgspec.to_builtins(check))
         write_manifest(manifest, device)

@@ -30,6 +30,9 @@ def main() -> None:
     model.add_argument("--head", choices=("cloud", "device"), default="cloud", help="where the classifier runs")
     model.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     model.add_argument("--name", metavar="SERVED", help="what devices ask for; the cloud reads it (default: random)")
+    model.add_argument(
+        "--drafts", choices=("table", "none"), default="table", help="what devices draft from (see README)"
+    )
     model.add_argument("--json", action="store_true", help="print the report as JSON")
     model.set_defaults(command=_model)
 
@@ -72,6 +75,7 @@ def _model(arguments: argparse.Namespace) -> None:
         head=arguments.head,
         dtype=arguments.dtype,
         name=arguments.name,
+        drafts=arguments.drafts,
     )
     if arguments.json:
         print(msgspec.json.encode(report).decode())

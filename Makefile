@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PROMPT ?=
 
-.PHONY: demo test test-all lint load bench bench-sessions bench-levels bench-audit bench-equivalence bench-export bench-gpu families clean
+.PHONY: demo test test-all lint load bench bench-drafts bench-cabin bench-sessions test-page test-arm64 bench-levels bench-audit bench-equivalence bench-export bench-gpu families clean
 
 # torch first and pinned: left to itself, pip may take a build with gigabytes of CUDA libraries.
 .venv/installed: pyproject.toml constraints.txt
@@ -26,6 +26,15 @@ test: lint
 test-all: lint
 	$(BIN)/pytest
 
+# the page in a real Chromium; needs Debian's packages chromium, nodejs and npm
+test-page: .venv/installed
+	npm ci --prefix tests/system/page
+	$(BIN)/pytest -m slow tests/system/test_page.py
+
+# the device app on an emulated arm64; needs Debian's packages qemu-user-static, mmdebstrap and fakeroot, and 2 GB
+test-arm64: .venv/installed
+	$(BIN)/python -m tests.arm64
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,6 +42,14 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.decode
+
+# drafts against none at round trips of 0 to 250 ms, and that they change no token
+bench-drafts: .venv/installed
+	$(BIN)/python -m benchmarks.drafts
+
+# the cabin example for 10 minutes over a link that is cut 20 times
+bench-cabin: .venv/installed
+	$(BIN)/python -m benchmarks.cabin
 
 # 16 devices at once on a server of its own; `python -m benchmarks.load --help` says how to put load on another
 load: .venv/installed

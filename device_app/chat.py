@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from device_app.assistant import Assistant
+from device_app.drafting import Drafting
 from device_app.options import opened
 from device_app.printing import figures, stream
 from device_app.sampler import Sampling
@@ -35,12 +36,13 @@ def command(arguments: argparse.Namespace) -> None:
         seed=seed,
     )
     options: dict[str, Any] = {"sampling": sampling, "max_tokens": arguments.max_tokens, "stop": arguments.stop}
+    drafting = Drafting(arguments.draft_tokens, arguments.bytes_a_token)
     assistant_of = opened(arguments)
     bundle = assistant_of["bundle"]
     bundle.want_kind("chat", "decoder", "vision-decoder")
     if arguments.image:
         bundle.want_kind("--image", "vision-decoder")
-    with Assistant(**assistant_of) as assistant:
+    with Assistant(**assistant_of, drafting=drafting) as assistant:
         if arguments.prompt is None:
             from device_app.talk import talk  # the packages for people at a terminal take longer to load than ours
 

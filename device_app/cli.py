@@ -33,6 +33,10 @@ def main() -> None:
     chat.add_argument("--seed", type=int, metavar="N", help="same seed, same answer (default: random)")
     chat.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
     chat.add_argument("--json", action="store_true", help="with -p: print one object with text, ids and figures")
+    chat.add_argument("--draft-tokens", type=int, default=8, metavar="N", help="guess N at once; 0: none (default: 8)")
+    chat.add_argument(
+        "--bytes-a-token", type=int, default=32768, metavar="N", help="bound for drafts, up and down (default: 32768)"
+    )
     chat.add_argument("--no-history", action="store_true", help="keep nothing of the talk on this device")
     chat.set_defaults(command=_chat)
 

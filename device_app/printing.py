@@ -63,10 +63,11 @@ def summary(stats: Stats) -> str:
     """One line: speed, and what left the device."""
     counters = stats.counters
     answers = "hidden states" if "classify" in counters.work_ns else "permuted logits"
+    drafts = f" | drafts accepted: {counters.accepted} of {counters.drafted}" if counters.drafted else ""
     return (
         f"{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, first after {stats.first_token_seconds:.2f} s"
         f" | left the device: {counters.vectors_up} permuted vectors ({counters.bytes_up / 1024:.0f} KiB), no text"
-        f" | came back: {counters.bytes_down / 1024:.0f} KiB of {answers}"
+        f" | came back: {counters.bytes_down / 1024:.0f} KiB of {answers}{drafts}"
     )
 
 

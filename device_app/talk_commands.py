@@ -111,7 +111,7 @@ def _stats(talk: Talk, argument: str) -> None:
     tokens, round_trips = sum(one.tokens for one in stats), sum(one.round_trips for one in counters)
     seconds = sum(one.seconds for one in stats)
     lines = [
-        f"{len(stats)} answers, {tokens} tokens in {seconds:.1f} s, {round_trips} round trips"
+        f"{len(stats)} answer{'s' * (len(stats) != 1)}, {tokens} tokens in {seconds:.1f} s, {round_trips} round trips"
         + (f" ({round_trips / tokens:.2f} a token)" if tokens else ""),
         f"drafts: {sum(one.drafted for one in counters)} tokens, "
         f"{sum(one.accepted for one in counters)} of them accepted",
@@ -122,6 +122,8 @@ def _stats(talk: Talk, argument: str) -> None:
         f"{sum(one.compute_us for one in counters) / 1e6:.2f} s computing",
         f"lost connections taken up again: {sum(one.resumes + one.replays for one in counters)}",
     ]
+    if (network := talk.assistant.round_trip_seconds) is not None:
+        lines.append(f"a round trip over the network: {network * 1000:.1f} ms")
     note("\n".join(lines))
 
 

@@ -224,6 +224,26 @@ def test_a_prompt_that_does_not_fit_is_refused(tiny: Path, cloud: RunningCloud) 
     assert_failed(result, 1, "the last turn alone takes", "shorten")
 
 
+def test_half_a_character_in_a_prompt_is_one_that_cannot_be_read(tiny: Path, cloud: RunningCloud) -> None:
+    halved = called("chat", tiny / "device", "--url", cloud.url, "-p", "the caf\udcc3", "--max-tokens", 4)
+    replaced = called("chat", tiny / "device", "--url", cloud.url, "-p", "the caf\ufffd", "--max-tokens", 4)
+    assert halved.returncode == 0
+    assert halved.stdout == replaced.stdout
+
+
+def test_drafts_change_round_trips_and_not_a_token(tiny: Path, cloud: RunningCloud) -> None:
+    ask = ("chat", tiny / "device", "--url", cloud.url, "-p", "the cat", "--max-tokens", 40, "--json")
+    drafted, plain = (json.loads(called(*ask, "--draft-tokens", most).stdout) for most in (8, 0))
+    assert drafted["ids"] == plain["ids"]
+    assert plain["drafted"] == plain["accepted"] == 0
+    assert drafted["drafted"] >= drafted["accepted"]
+
+
+def test_drafts_out_of_range_are_a_usage_error(tiny: Path, cloud: RunningCloud) -> None:
+    result = called("chat", tiny / "device", "--url", cloud.url, "-p", SECRET, "--draft-tokens", -1)
+    assert_failed(result, 2, "seen -1, wanted 0 to 64 drafted tokens", None)
+
+
 def test_debug_shows_a_traceback(tmp_path: Path) -> None:
     with pytest.raises(BundleError):  # for Python to print
         called("chat", tmp_path / "nowhere", "--url", "ws://127.0.0.1:1", "--debug")
@@ -371,7 +391,7 @@ def test_control_characters_of_a_cloud_do_not_reach_the_terminal(
     bundle = Bundle.open(tiny / "device")
     with run_cloud(tiny) as cloud:
         speaking(cloud.engine, bundle, attack, monkeypatch)
-        chat = terminal("chat", tiny / "device", "--url", cloud.url, "-p", "the cat")
+        chat = terminal("chat", tiny / "device", "--url", cloud.url, "-p", "the cat", "--draft-tokens", 0)
         assert chat.leave() == 0
     shown = chat.shown.replace("\r\n", "\n")  # the terminal's own line ends
     assert "ha[2J[31mhahu1Ahehi]0;ho\n\tend\n" in shown

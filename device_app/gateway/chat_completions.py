@@ -22,7 +22,7 @@ from device_app.gateway.generation import Generation, chat_generation
 from device_app.gateway.logprobs import chat_logprobs
 from device_app.gateway.messages import assistant_messages
 from device_app.gateway.openai_types import ChatRequest, read
-from device_app.gateway.prompts import chat_prompt
+from device_app.gateway.prompts import chat_prompt, check_images
 from device_app.gateway.serving import Gateway, ServedModel
 from device_app.gateway.streams import EventStream, answered
 from device_app.gateway.tools import ToolCall, ToolReader, Tools, tools_of
@@ -116,6 +116,7 @@ async def _chat(gateway: Gateway, asked: ChatRequest) -> _Chat:
 def _prompt(bundle: Bundle, asked: ChatRequest, tools: Tools | None) -> Prompt:
     """In a thread of its own: images are decoded, and long texts cut into tokens."""
     messages = assistant_messages(asked.messages, images=bundle.manifest.kind == "vision-decoder")
+    check_images(messages, bundle)
     return chat_prompt(bundle, messages, tools)
 
 

@@ -25,6 +25,21 @@ def chat_prompt(bundle: Bundle, messages: Sequence[Mapping[str, Any]], tools: To
     return fitting(Prompt(ids, [image for turn in turns for image in turn.images]), bundle, "messages")
 
 
+def check_images(messages: Sequence[Mapping[str, Any]], bundle: Bundle) -> None:
+    """Refuses more images than the context takes, before any is decoded. Raises ApiError (400)."""
+    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+    count = sum(part["type"] == "image" for content in contents for part in content)
+    image, context = bundle.manifest.image, bundle.manifest.context
+    if image is not None and count * image.tokens > context:
+        raise ApiError(
+            400,
+            f"messages: {count} images take {count * image.tokens} tokens, wanted at most {context}, the model's "
+            "context",
+            param="messages",
+            code="context_length_exceeded",
+        )
+
+
 def text_prompt(bundle: Bundle, given: str | Sequence[int]) -> Prompt:
     """The prompt of a completion: text, or ids of this model. Raises ApiError (400)."""
     if isinstance(given, str):

@@ -107,10 +107,12 @@ def _pool(
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises UsageError where there can be none."""
+    if not 0 <= port < 2**16:
+        raise UsageError(f"--port: seen {port}, wanted 0 to 65535")
     try:
         family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(where[:2], family=family, backlog=128)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"--host {host} --port {port}: {reason}", hint="is another gateway running?") from None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,20 +23,20 @@ __all__ = [
     "Stats",
 ]
 
-_MODULES = {
-    "Answer": "answer",
-    "Assistant": "assistant",
-    "AsyncAnswer": "async_assistant",
-    "AsyncAssistant": "async_assistant",
-    "Encoder": "encoder",
-    "Prediction": "encoder",
-    "Sampling": "sampler",
-    "Stats": "answer",
-}
-
 
 def __getattr__(name: str) -> Any:
     """Imports what is asked for, and that alone: the command line starts sooner (PEP 562)."""
-    if name not in _MODULES:
+    module: ModuleType
+    if name in ("Answer", "Stats"):
+        from device_app import answer as module
+    elif name == "Assistant":
+        from device_app import assistant as module
+    elif name in ("AsyncAnswer", "AsyncAssistant"):
+        from device_app import async_assistant as module
+    elif name in ("Encoder", "Prediction"):
+        from device_app import encoder as module
+    elif name == "Sampling":
+        from device_app import sampler as module
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(module, name)

@@ -50,7 +50,6 @@ def run(*command: str | Path, environment: dict[str, str] | None = None) -> str:
 @contextmanager
 def serving(export: Path, cloud: RunningCloud) -> Iterator[dict[str, str]]:
     """`stip-device serve` as its own process; gives what the environment of a client needs."""
-    pytest.importorskip("device_app.gateway.server")
     key = "stip-for-a-test-of-the-examples"
     command = ["-m", "device_app", "serve", export / "device", "--url", cloud.url, "--port", "0", "--no-history"]
     process = subprocess.Popen(

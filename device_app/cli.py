@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from device_app.options import bundle_and_cloud, cloud
+from device_app.options import bundle_and_cloud, cloud, drafts
 from shared.command import debug_option, run
 
 IMAGES = "(JPEG, PNG, WebP, GIF, BMP, TIFF, …)"
@@ -18,7 +18,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = [debug_option(), bundle_and_cloud()]
 
-    chat = commands.add_parser("chat", help="talk in the terminal, or answer once with -p", parents=common)
+    chat = commands.add_parser("chat", help="talk in the terminal, or answer once with -p", parents=[*common, drafts()])
     chat.add_argument("-p", "--prompt", help="answer this once on stdout and leave")
     chat.add_argument("--system", metavar="S", help="system prompt")
     chat.add_argument(
@@ -33,15 +33,13 @@ def main() -> None:
     chat.add_argument("--seed", type=int, metavar="N", help="same seed, same answer (default: random)")
     chat.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
     chat.add_argument("--json", action="store_true", help="with -p: print one object with text, ids and figures")
-    chat.add_argument("--draft-tokens", type=int, default=8, metavar="N", help="guess N at once; 0: none (default: 8)")
-    chat.add_argument(
-        "--bytes-a-token", type=int, default=32768, metavar="N", help="bound for drafts, up and down (default: 32768)"
-    )
     chat.add_argument("--no-history", action="store_true", help="keep nothing of the talk on this device")
     chat.set_defaults(command=_chat)
 
     serve = commands.add_parser(
-        "serve", help="an OpenAI-compatible API and a web page, on this machine", parents=[debug_option(), cloud()]
+        "serve",
+        help="an OpenAI-compatible API and a web page, on this machine",
+        parents=[debug_option(), cloud(), drafts()],
     )
     serve.add_argument("folders", type=Path, nargs="+", metavar="OUT/device", help="one or more bundles")
     serve.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")

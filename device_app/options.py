@@ -71,3 +71,19 @@ def read_token(path: Path | None) -> str | None:
         return path.read_text().strip()
     except OSError as error:
         raise UsageError(f"--token-file {path}: {error.strerror}") from None
+
+
+def drafts() -> argparse.ArgumentParser:
+    """The parent of the parsers of commands that draft."""
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument(
+        "--draft-tokens", type=int, default=8, metavar="N", help="guess up to N tokens at once; 0: none (default: 8)"
+    )
+    parent.add_argument(
+        "--bytes-a-token",
+        type=int,
+        default=32768,
+        metavar="N",
+        help="up and down, over which nothing is guessed (default: %(default)s)",
+    )
+    return parent

@@ -35,7 +35,7 @@ def constraint_of(
 
 
 def _maker(served: ServedModel, form: ResponseFormat | None, tools: Tools | None) -> Callable[[], Constraint]:
-    grammar = served.grammar
+    grammar = served.bundle.grammar
     if form is not None and form.type == "json_object":
         return grammar.json_object
     if form is not None and form.type == "json_schema":

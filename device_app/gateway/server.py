@@ -14,9 +14,10 @@ from typing import Any
 
 import uvicorn
 
-from device_app.assistant import RETRY_SECONDS, Assistant
+from device_app.assistant import DRAFTING, RETRY_SECONDS, Assistant
 from device_app.bundle import Bundle
 from device_app.connection import Address
+from device_app.drafting import Drafting
 from device_app.encoder import Encoder
 from device_app.gateway.app import application
 from device_app.gateway.guard import Hosts, api_key
@@ -52,6 +53,7 @@ def command(arguments: argparse.Namespace) -> None:
         sessions=arguments.sessions,
         history=history,
         retry_seconds=arguments.retry_seconds,
+        drafting=Drafting(arguments.draft_tokens, arguments.bytes_a_token),
     )
     port = listener.getsockname()[1]
     server = Server(gateway, hosts=Hosts(arguments.host, port), key=key)
@@ -68,6 +70,7 @@ def open_gateway(
     sessions: int = 4,
     history: History,
     retry_seconds: float = RETRY_SECONDS,
+    drafting: Drafting = DRAFTING,
 ) -> Gateway:
     """A gateway to these bundles (folder, bundle), each with up to `sessions` sessions in the cloud.
 
@@ -85,12 +88,19 @@ def open_gateway(
             raise UsageError(f"{folder}: seen a second bundle named {name!r}, wanted each name once")
         created = int((folder / DEVICE_MANIFEST).stat().st_mtime)
         options: dict[str, Any] = {"token": token, "retry_seconds": retry_seconds, "on_lost": lost}
-        models[name] = ServedModel(name, bundle, created, _pool(bundle, address, sessions, gateway.observed, options))
+        models[name] = ServedModel(
+            name, bundle, created, _pool(bundle, address, sessions, gateway.observed, drafting, options)
+        )
     return gateway
 
 
 def _pool(
-    bundle: Bundle, address: Address, sessions: int, observed: Callable[[WireEvent], None], options: dict[str, Any]
+    bundle: Bundle,
+    address: Address,
+    sessions: int,
+    observed: Callable[[WireEvent], None],
+    drafting: Drafting,
+    options: dict[str, Any],
 ) -> Pool[Any]:
     if bundle.manifest.kind == "encoder":
 
@@ -100,7 +110,7 @@ def _pool(
         return Pool(encoder, sessions=sessions, observed=observed)
 
     def assistant(on_frame: OnFrame) -> Assistant:
-        return Assistant(bundle, address, on_frame=on_frame, **options)
+        return Assistant(bundle, address, on_frame=on_frame, drafting=drafting, **options)
 
     return Pool(assistant, sessions=sessions, shared=lambda one, ids: one.shared_prefix(ids), observed=observed)
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from device_app.bundle import Bundle
 from device_app.gateway.errors import ApiError
 from device_app.gateway.pool import Pool, WireEvent
-from device_app.grammar import Grammar
 from device_app.history import History
 
 
@@ -22,12 +20,6 @@ class ServedModel:
     bundle: Bundle
     created: int  # Unix time of the export
     pool: Pool[Any]
-
-    @cached_property
-    def grammar(self) -> Grammar:
-        """Answers of a given form; built at the first use. Raises BundleError where there can be none."""
-        manifest = self.bundle.manifest
-        return Grammar(self.bundle.tokenizer, manifest.vocab_size, manifest.end_ids, manifest.hidden_ids)
 
     @property
     def fingerprint(self) -> str:

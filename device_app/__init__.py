@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from device_app.answer import Answer, Stats
     from device_app.assistant import Assistant
     from device_app.async_assistant import AsyncAnswer, AsyncAssistant
+    from device_app.drafting import Drafting
     from device_app.encoder import Encoder, Prediction
     from device_app.sampler import Sampling
 
@@ -17,6 +18,7 @@ __all__ = [
     "Assistant",
     "AsyncAnswer",
     "AsyncAssistant",
+    "Drafting",
     "Encoder",
     "Prediction",
     "Sampling",
@@ -33,6 +35,8 @@ def __getattr__(name: str) -> Any:
         from device_app import assistant as module
     elif name in ("AsyncAnswer", "AsyncAssistant"):
         from device_app import async_assistant as module
+    elif name == "Drafting":
+        from device_app import drafting as module
     elif name in ("Encoder", "Prediction"):
         from device_app import encoder as module
     elif name == "Sampling":

@@ -50,13 +50,13 @@ class Answer:
         self.stats = Stats()
         self._pieces = pieces(weakref.proxy(self))
         self._cancel = cancel
-        self._cancelled = False
+        self.cancelled = False  # by `cancel`
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        if self._cancelled and self.finish_reason is None:
+        if self.cancelled and self.finish_reason is None:
             self.finish_reason = "cancelled"  # of one that was not begun; otherwise whoever makes it says so too
             piece = self._pieces.throw(Cancelled(STOPPED))
         else:
@@ -77,6 +77,6 @@ class Answer:
     def cancel(self) -> None:
         """The same from another thread: the one that iterates raises Cancelled, within POLL_SECONDS as long as there
         is a connection."""
-        self._cancelled = True
+        self.cancelled = True
         if self.finish_reason is None:
             self._cancel()

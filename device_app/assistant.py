@@ -7,6 +7,7 @@ with Assistant.open("OUT/device", "ws://127.0.0.1:8765") as assistant:
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -66,7 +67,9 @@ class Assistant:
         self._prompter = Prompter(bundle)
         self._drafter = drafter_of(bundle) if drafting.most else None
         self._pace = Pace(drafting.most, drafting.bytes_a_token)  # one for all answers: it learns
-        self._begun = 0  # answers
+        self._answers = 0  # made so far, whether begun or not
+        self._running: int | None = None  # the number of the answer that was begun last, until its end
+        self._running_lock = threading.RLock()  # an answer may be dropped wherever memory is taken
         self._connection = Connection(
             self._session, address, retry_seconds=retry_seconds, on_lost=on_lost, on_frame=on_frame
         )
@@ -300,25 +303,37 @@ class Assistant:
             text = TextStream(self.bundle.tokenizer.detokenizer(), manifest.hidden_ids, stop)
             yield from self._pieces(answer, decoding.tokens(ids, max_tokens), text, started)
 
-        return Answer(lambda answer: self._watched(answer, pieces(answer)), lambda: self.interrupt(Cancelled(STOPPED)))
+        self._answers += 1
+        number = self._answers
+        return Answer(lambda answer: self._watched(number, answer, pieces(answer)), lambda: self._cancel(number))
 
-    def _watched(self, answer: Answer, pieces: Generator[str]) -> Generator[str]:
+    def _cancel(self, number: int) -> None:
+        """Whoever makes this answer raises Cancelled; others are not disturbed."""
+        with self._running_lock:
+            if self._running == number:
+                self.interrupt(Cancelled(STOPPED))
+
+    def _watched(self, number: int, answer: Answer, pieces: Generator[str]) -> Generator[str]:
         """The pieces, timed; an answer that does not come to its end is cancelled in the cloud."""
         started, stats = time.perf_counter(), answer.stats
-        self._begun += 1
-        number = self._begun
-        self._connection.interrupted = None
+        with self._running_lock:
+            self._running, self._connection.interrupted = number, None
         stats.counters = self._session.counters = Counters()
         try:
+            if answer.cancelled:  # just now
+                raise Cancelled(STOPPED)
             yield from pieces
         except BaseException:
-            if number == self._begun:  # otherwise the question that is open is another answer's
+            if self._running == number:  # otherwise the question that is open is another answer's
                 self.cancel()
             with suppress(ReferenceError):  # left by all who knew it
                 answer.finish_reason = "cancelled"
             raise
         finally:
             stats.seconds = time.perf_counter() - started
+            with self._running_lock:
+                if self._running == number:
+                    self._running, self._connection.interrupted = None, None
 
     def _pieces(self, answer: Answer, tokens: Iterator[Chosen], text: TextStream, started: float) -> Generator[str]:
         """Text that has become certain, token after token."""

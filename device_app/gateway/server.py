@@ -88,9 +88,8 @@ def open_gateway(
             raise UsageError(f"{folder}: seen a second bundle named {name!r}, wanted each name once")
         created = int((folder / DEVICE_MANIFEST).stat().st_mtime)
         options: dict[str, Any] = {"token": token, "retry_seconds": retry_seconds, "on_lost": lost}
-        models[name] = ServedModel(
-            name, bundle, created, _pool(bundle, address, sessions, gateway.observed, drafting, options)
-        )
+        sessions_of = _pool(bundle, address, sessions, gateway.observed, drafting, options)
+        models[name] = ServedModel(name, bundle, created, sessions_of)
     return gateway
 
 

@@ -47,7 +47,9 @@ def fresh(tiny: Path, cloud: RunningCloud) -> Iterator[Callable[..., Answer]]:
 
 
 def test_the_api_is_a_few_names() -> None:
-    assert device_app.__all__ == ["Answer", "Assistant", "Encoder", "Prediction", "Sampling", "Stats"]
+    names = "Answer Assistant AsyncAnswer AsyncAssistant Drafting Encoder Prediction Sampling Stats".split()
+    assert device_app.__all__ == names
+    assert [getattr(device_app, name).__name__ for name in names] == names
 
 
 # --- answers ---

@@ -47,7 +47,17 @@ def fresh(tiny: Path, cloud: RunningCloud) -> Iterator[Callable[..., Answer]]:
 
 
 def test_the_api_is_a_few_names() -> None:
-    names = "Answer Assistant AsyncAnswer AsyncAssistant Drafting Encoder Prediction Sampling Stats".split()
+    names = [
+        "Answer",
+        "Assistant",
+        "AsyncAnswer",
+        "AsyncAssistant",
+        "Drafting",
+        "Encoder",
+        "Prediction",
+        "Sampling",
+        "Stats",
+    ]
     assert device_app.__all__ == names
     assert [getattr(device_app, name).__name__ for name in names] == names
 

@@ -47,10 +47,12 @@ class Size:
 
     round_trips: tuple[int, ...] = (0, 10, 50, 250)  # ms
     prompts: int = 10  # of each set
-    tokens: int = 48
+    fewer_prompts: int = 6  # where a round trip takes 100 ms or more, and sampled
+    tokens: int = 96
     sampled_at: int = 50  # ms
-    repeats: int = 3  # of the shortest round trip, where the ratio is nearest 1
+    repeats: int = 2  # at the shortest round trip, where the ratio is nearest 1
     identical_prompts: int = 40
+    identical_tokens: int = 48
     first_tokens: int = 5
     characters: int | None = None  # of each prompt
 
@@ -58,10 +60,12 @@ class Size:
 QUICK = Size(
     round_trips=(0, 10),
     prompts=1,
+    fewer_prompts=1,
     tokens=6,
     sampled_at=10,
     repeats=1,
     identical_prompts=2,
+    identical_tokens=6,
     first_tokens=1,
     characters=60,
 )
@@ -108,7 +112,9 @@ def measure(exact: Path, fast: Path, size: Size) -> dict[str, Any]:
     figures: dict[str, Any] = {"machine": machine(), "size": asdict(size), "drafting": asdict(WITH)}
     with listening(_serve(exact), log="stderr") as url:
         prompts = [prompt[: size.characters] for prompt in (*PROMPTS, *COPYING, *OPEN)[: size.identical_prompts]]
-        figures["identity"] = identity(Bundle.open(exact / "device"), url, prompts, size.tokens, (GREEDY, WARM))
+        figures["identity"] = identity(
+            Bundle.open(exact / "device"), url, prompts, size.identical_tokens, (GREEDY, WARM)
+        )
     bundle = Bundle.open(fast / "device")
     with ExitStack() as stack:
         url = stack.enter_context(listening(_serve(fast), log="stderr"))
@@ -166,7 +172,8 @@ def _compared(
 ) -> dict[str, Any]:
     """A line of the table: one set of prompts at one round trip, both sides in turns."""
     ratios, drafts, plains = [], [], []
-    for number, prompt in enumerate(SETS[name][: size.prompts]):
+    most = size.fewer_prompts if round_trip >= 100 or sampling.temperature else size.prompts
+    for number, prompt in enumerate(SETS[name][:most]):
         pairs = []
         for turn in range(repeats):
             sides = (WITH, WITHOUT) if (number + turn) % 2 else (WITHOUT, WITH)
@@ -186,6 +193,7 @@ def _compared(
         "round_trip_ms": round_trip,
         "prompts": name,
         "sampled": sampling.temperature > 0,
+        "answers": len(ratios),
         "tokens": tokens,
         "round_trips_a_token": sum(one.round_trips for one in drafts) / tokens,
         "drafted_a_token": sum(one.drafted for one in drafts) / tokens,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 MEMORY = 32.0  # round trips after which older ones count half
-PROBE = 32  # round trips without a draft after which one is tried whatever it costs
+PROBE = 32  # round trips without a draft after which one token is tried, whatever it costs
 OUTLIER = 2.0  # times what was expected: more is taken for this much, as one stall says little of the next
 ROWS_KNOWN = 8.0  # a slope of 0 is believed as firmly as this spread of rows² would make it
 LINE_ROWS_KNOWN = 64.0  # of the line, whose times scatter more than the cloud's
@@ -33,9 +33,15 @@ class Pace:
         return self._line.seconds if self._line.weight else None
 
     def length(self) -> int:
-        """How many tokens to draft at most; 0 while drafts took more bytes than they may."""
+        """How many tokens to draft at most; 0 while drafts took more bytes than they may, and where that tells most."""
         allowed = self._bytes_a_token
-        return 0 if allowed is not None and self._bytes > allowed * self._tokens else self._most
+        if allowed is not None and self._bytes > allowed * self._tokens:
+            return 0
+        # Drafts that are always as long say nothing of what a row costs: now and then there is none.
+        alike = self._cloud.weight >= 2 and self._cloud.spread < 2 * ROWS_KNOWN
+        if alike and not self._plain:
+            return 0
+        return min(1, self._most) if self._plain >= PROBE else self._most
 
     def least(self) -> float:
         """The chance of being right that makes one more drafted token worth its time."""
@@ -60,7 +66,7 @@ class Pace:
 class _Slope:
     """Seconds a row, by least squares of seconds on rows; drawn to 0 until rows of many numbers were seen."""
 
-    known: float  # how firmly 0 is believed beforehand, in rows²
+    known: float  # how firmly 0 is believed beforehand, in rows²; forgotten like all else
     weight: float = 0.0
     rows: float = 0.0  # means
     seconds: float = 0.0
@@ -75,7 +81,8 @@ class _Slope:
         if self.weight >= 4:
             seconds = min(seconds, OUTLIER * max(0.0, self.seconds + self.slope * (rows - self.rows)))
         keep = 0.5 ** (1 / MEMORY)
-        self.weight, self.spread, self.together = keep * self.weight + 1, keep * self.spread, keep * self.together
+        self.weight, self.known = keep * self.weight + 1, max(1.0, keep * self.known)
+        self.spread, self.together = keep * self.spread, keep * self.together
         from_mean = rows - self.rows
         self.rows += from_mean / self.weight
         before, self.seconds = seconds - self.seconds, self.seconds + (seconds - self.seconds) / self.weight

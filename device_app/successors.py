@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from shared.errors import BundleError
 
-SUCCESSORS = "successors.safetensors"
+SUCCESSORS = "successors.npy"
+SURE = 255  # a chance of 1
 
 
 @dataclass(frozen=True)
@@ -25,39 +24,36 @@ class Successor:
 
 @dataclass(frozen=True, eq=False)
 class Successors:
-    """next: uint32 [n], the most likely next token of each of the first n ids; chance: uint8 [n], in 1/255."""
+    """uint32 [n, 2]: the most likely next token of each of the first n ids, and its chance in 1/255."""
 
-    next: npt.NDArray[np.uint32]
-    chance: npt.NDArray[np.uint8]
+    rows: npt.NDArray[np.uint32]
 
     @classmethod
     def load(cls, path: Path, vocab_size: int) -> Successors:
         """Raises BundleError for a file that is no such table of the model's ids."""
         hint = "export the bundle again"
         try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            with path.open("rb") as file:
+                rows = np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
             raise BundleError(f"{path}: {error}", hint=hint) from None
-        seen = {name: (tensor.dtype.name, tensor.ndim) for name, tensor in tensors.items()}
-        wanted = {"next": ("uint32", 1), "chance": ("uint8", 1)}
-        if seen != wanted:
-            raise BundleError(f"{path}: seen {seen}, wanted {wanted} (dtype, dimensions)", hint=hint)
-        table = cls(tensors["next"], tensors["chance"])
-        if len(table.next) != len(table.chance) or len(table.next) > vocab_size:
+        if rows.dtype != np.uint32 or rows.ndim != 2 or rows.shape[1] != 2:
+            raise BundleError(f"{path}: seen {rows.dtype} {rows.shape}, wanted uint32 [ids, 2]", hint=hint)
+        largest, surest = rows.max(axis=0, initial=0).tolist()
+        if max(len(rows) - 1, largest) >= vocab_size or surest > SURE:
             raise BundleError(
-                f"{path}: seen {len(table.next)} tokens and {len(table.chance)} chances, wanted as many of both, at "
-                f"most {vocab_size}",
+                f"{path}: seen {len(rows)} ids, the id {largest} and the chance {surest}/{SURE}, wanted ids below "
+                f"{vocab_size} and chances up to 1",
                 hint=hint,
             )
-        if len(table.next) and (largest := int(table.next.max())) >= vocab_size:
-            raise BundleError(f"{path}: seen the id {largest}, wanted ids below {vocab_size}", hint=hint)
-        return table
+        return cls(rows)
 
     def after(self, token: int) -> Successor | None:
         """What most likely follows, where the table knows the token."""
-        if not 0 <= token < len(self.next):
+        if not 0 <= token < len(self.rows):
             return None
-        return Successor(int(self.next[token]), float(self.chance[token]) / 255)
+        following, chance = self.rows[token].tolist()
+        return Successor(following, chance / SURE)
 
 
-NO_SUCCESSORS = Successors(np.zeros(0, np.uint32), np.zeros(0, np.uint8))
+NO_SUCCESSORS = Successors(np.zeros((0, 2), np.uint32))

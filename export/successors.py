@@ -8,13 +8,11 @@ ones (merges are numbered as they were learned), so the first few thousand are n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 from transformers import DynamicCache
 
 from export.families import Family, normalized
@@ -23,7 +21,8 @@ from export.progress import bar
 from export.source import Source
 from export.streaming import streamed
 
-SUCCESSORS = "successors.safetensors"
+SUCCESSORS = "successors.npy"
+SURE = 255  # a chance of 1
 MOST_IDS = 4096
 WORK = 1e13  # multiplications at most: some minutes on two cores. Large models get a shorter table.
 BYTES = 32 * 2**20  # of values at once between layers, and of logits
@@ -43,40 +42,39 @@ def write_successors(
     image = getattr(source.config, "image_token_id", None)
     ids = torch.tensor([begin[0] if token == image else token for token in range(count)])
     read = original(source, family, dtype)
-    table = streamed(source.config, read, lambda model: _successors(model, begin, ids, banned))
-    save_file(
-        {"next": table[:, 0].astype(np.uint32), "chance": np.rint(255 * table[:, 1]).astype(np.uint8)},
-        folder / SUCCESSORS,
-    )
+    # Body and head one after the other: the two largest tensors are never held together.
+    hidden = torch.from_numpy(streamed(source.config, read, lambda model: _hidden(model, begin, ids)))
+    table = streamed(source.config, read, lambda model: _most_likely(model, hidden, banned))
+    np.save(folder / SUCCESSORS, np.rint(table * (1, SURE)).astype(np.uint32))
     return count
 
 
-def _successors(model: Any, begin: list[int], ids: torch.Tensor, banned: list[int]) -> torch.Tensor:
-    """[n, 2]: the most likely successor of each of `ids` and its probability."""
-    body, head = model.get_decoder(), model.get_output_embeddings()
-    sizes = normalized(body.config)
-    cache = _Beginning()
+def _hidden(model: Any, begin: list[int], ids: torch.Tensor) -> torch.Tensor:
+    """[n, hidden_size]: what the classifier is given behind each of `ids`."""
+    body, cache = model.get_decoder(), _Beginning()
     body(input_ids=torch.tensor([begin]), past_key_values=cache, use_cache=True)
     # Up and gate projections, and what comes of them, are the most that is held at once.
-    rows = max(1, BYTES // (4 * 3 * max(_widest(sizes), sizes.hidden_size)))
-    parts = [
-        body(input_ids=part[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-        for part in bar(torch.split(ids, rows), "likely successors")
-    ]
-    head.forward = _most_likely(head, banned)  # the whole call, so that its weights are read once
-    found: torch.Tensor = head(torch.cat(parts))
-    return found
+    rows = max(1, BYTES // (4 * 3 * _widest(normalized(body.config))))
+    return torch.cat(
+        [
+            body(input_ids=part[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            for part in bar(torch.split(ids, rows), "likely successors")
+        ]
+    )
 
 
 def _widest(sizes: Any) -> int:
     try:
-        return int(sizes.intermediate_size)
+        return max(int(sizes.intermediate_size), int(sizes.hidden_size))
     except AttributeError:
         return 4 * int(sizes.hidden_size)
 
 
-def _most_likely(head: torch.nn.Linear, banned: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
+def _most_likely(model: Any, hidden: torch.Tensor, banned: list[int]) -> torch.Tensor:
+    """[n, 2]: the most likely token behind each hidden state and its probability."""
+    head = model.get_output_embeddings()
+
+    def in_parts(hidden: torch.Tensor) -> torch.Tensor:
         found = []
         for part in torch.split(hidden, max(1, BYTES // (4 * head.out_features))):
             # What some families do to their logits afterwards changes no order, and the chance but little.
@@ -87,7 +85,9 @@ def _most_likely(head: torch.nn.Linear, banned: list[int]) -> Callable[[torch.Te
             found.append(torch.stack([token.float(), (top - logits.logsumexp(-1)).exp()], dim=1))
         return torch.cat(found)
 
-    return forward
+    head.forward = in_parts  # one call, so that its weights are read once
+    successors: torch.Tensor = head(hidden)
+    return successors
 
 
 class _Beginning(DynamicCache):  # type: ignore[misc]

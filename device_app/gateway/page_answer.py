@@ -19,14 +19,15 @@ import numpy as np
 from device_app.answer import Answer, Stats
 from device_app.gateway.errors import ApiError, api_error
 from device_app.gateway.page_images import joined, with_files
-from device_app.gateway.serving import Gateway, ServedModel
+from device_app.gateway.page_lines import Line, Lines
+from device_app.gateway.serving import ServedModel
 from device_app.gateway.watching import Watch
 from device_app.gateway.witness import Sight, Witness
 from device_app.history import Chat, Content
 from device_app.markdown import render
 from device_app.prompt import Prompter
 from device_app.sampler import Sampling
-from shared.errors import Cancelled, HistoryError, StipError
+from shared.errors import Cancelled, StipError
 from shared.wire import Array
 
 TICK_SECONDS = 0.1  # between events
@@ -38,8 +39,8 @@ STEPS_A_SPREAD = 32  # of the shown values: a root mean square of a vector is so
 class Settings(msgspec.Struct):
     """How a chat is answered."""
 
-    system: Annotated[str, msgspec.Meta(max_length=100_000)] = ""
-    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.7
+    system: Annotated[str, msgspec.Meta(max_length=100_000)] | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.3
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.95
     top_k: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 0
     min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
@@ -62,12 +63,13 @@ class Settings(msgspec.Struct):
 class PageAnswer:
     """`prepare`, `start`, then `events`; `stop` at any time."""
 
-    def __init__(self, gateway: Gateway, served: ServedModel, chat: Chat, watch: Watch) -> None:
-        self._history = gateway.history
+    def __init__(self, lines: Lines, served: ServedModel, chat: Chat, watch: Watch) -> None:
+        self._lines = lines
         self._served = served
         self._chat = chat
         self._watch = watch
         self._settings = msgspec.convert(chat.settings, Settings)
+        self._said: list[Line] = []
         self._conversation: list[dict[str, Any]] = []
         self._text = ""
         self._stats = Stats()
@@ -79,30 +81,20 @@ class PageAnswer:
 
     async def prepare(self, asked: Content | None, keep: int | None, title: str) -> None:
         """Brings the history to where the answer begins. Raises ApiError where there is nothing to answer."""
-        history, chat_id = self._history, self._chat.id
-        messages = await asyncio.to_thread(history.messages, chat_id)
-        kept = messages if keep is None else messages[:keep]
-        said: list[tuple[str, Content]] = [(message.role, message.content) for message in kept]
-        if asked is not None:
-            said.append(("user", asked))
-        if not said or said[-1][0] != "user":
+        lines = await self._lines.of(self._chat.id)
+        kept = lines if keep is None else lines[:keep]
+        line: Line | None = None if asked is None else ("user", asked)
+        self._said = kept if line is None else [*kept, line]
+        if not self._said or self._said[-1][0] != "user":
             raise ApiError(400, "text: seen none, wanted a question", param="text")
-        self._conversation = _conversation(said)
-        if self._settings.system.strip():
+        self._conversation = _conversation(self._said)
+        if self._settings.system and self._settings.system.strip():
             self._conversation.insert(0, {"role": "system", "content": self._settings.system})
-
-        def keep_question() -> None:
-            if len(kept) < len(messages):
-                history.cut(chat_id, len(kept))
-            if asked is not None:
-                history.append(chat_id, "user", asked)
-            if not self._chat.title and title:
-                history.change(chat_id, title=title)
-
-        await self._kept(keep_question)
+        cut, title = len(kept) < len(lines), "" if self._chat.title else title
+        self._notice(await self._lines.put(self._chat.id, kept, line, cut=cut, title=title))
 
     def start(self, ended: Callable[[], object]) -> None:
-        """Begins the answer; `ended` is called once it is kept."""
+        """Begins the answer; `ended` is called once it has ended and is kept."""
         self._work = asyncio.create_task(self._run())
         self._work.add_done_callback(lambda _: ended())
 
@@ -193,20 +185,17 @@ class PageAnswer:
         if not self._text:
             return
         details = {"finish_reason": self._finish_reason, "figures": figures(self._stats)}
-        await self._kept(lambda: self._history.append(self._chat.id, "assistant", self._text, **details))
+        line = ("assistant", self._text)
+        self._notice(await self._lines.put(self._chat.id, self._said, line, details=details))
 
-    async def _kept(self, change: Callable[[], object]) -> None:
-        """Changes the history. Where it cannot be changed the page is told, and the chat goes on without."""
-        try:
-            await asyncio.shield(asyncio.to_thread(change))
-        except HistoryError as error:
-            message = f"This is not kept: {error}" + (f" ({error.hint})" if error.hint else "")
-            self._notices.append({"kind": "notice", "message": message})
+    def _notice(self, said: str | None) -> None:
+        if said is not None:
+            self._notices.append({"kind": "notice", "message": said})
 
 
-def _conversation(said: Sequence[tuple[str, Content]]) -> list[dict[str, Any]]:
+def _conversation(said: Sequence[Line]) -> list[dict[str, Any]]:
     """Messages as the prompt takes them. A question that was never answered is one with the next."""
-    merged: list[tuple[str, Content]] = []
+    merged: list[Line] = []
     for role, content in said:
         if merged and merged[-1][0] == role:
             merged[-1] = (role, joined(merged[-1][1], content))

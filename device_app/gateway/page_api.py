@@ -16,6 +16,7 @@ from device_app.gateway.errors import ApiError, json_response
 from device_app.gateway.openai_types import read
 from device_app.gateway.page_answer import PageAnswer, Settings
 from device_app.gateway.page_images import MOST_IMAGES, image_urls, with_files
+from device_app.gateway.page_lines import Lines
 from device_app.gateway.serving import Gateway, ServedModel
 from device_app.gateway.watching import Watch
 from device_app.history import Chat, StoredMessage, text_of, title_of
@@ -59,6 +60,7 @@ class PageApi:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._history = gateway.history
+        self._lines = Lines(gateway.history)
         self._watch = Watch(gateway)
         self._running: dict[str, PageAnswer] = {}
 
@@ -88,6 +90,7 @@ class PageApi:
         for running in list(self._running.values()):
             await running.stop()
         await asyncio.to_thread(self._history.delete_all)
+        self._lines.forget(None)
         return Response(status_code=204)
 
     async def chat(self, request: Request) -> Response:
@@ -110,6 +113,7 @@ class PageApi:
         if (running := self._running.get(chat.id)) is not None:
             await running.stop()
         await asyncio.to_thread(self._history.delete, chat.id)
+        self._lines.forget(chat.id)
         return Response(status_code=204)
 
     async def export(self, request: Request) -> Response:
@@ -130,7 +134,7 @@ class PageApi:
         asked = _question(wanted)
         if asked is not None:
             with_files(asked)  # which refuses what is no image, before it is kept
-        answer = PageAnswer(self._gateway, served, chat, self._watch)
+        answer = PageAnswer(self._lines, served, chat, self._watch)
         self._running[chat.id] = answer
         try:
             await answer.prepare(asked, wanted.keep, title_of(asked) if asked is not None else "")

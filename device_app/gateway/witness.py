@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -94,20 +94,28 @@ class Sight:
     """What was seen since the last one, and what all of it amounts to.
 
     vectors: those that were sent, in their order, float32 [n, at most SHOWN_FEATURES].
-    width: of the vectors, as they were sent. images: how many were sent.
+    images: how many were sent.
     read: the cloud's best ids of this question, taken for plain ones.
     positions: of the KV cache that hold text which the witness saw.
     found: attack → how many of them it names; text: what the better of the attacks reads.
     """
 
     vectors: list[Array]
-    width: int
     images: int
     round_trips: list[RoundTrip]
     read: str
     positions: int
     found: dict[Attack, int]
     text: str
+
+
+@dataclass
+class _Travelled:
+    """What frames brought since the last sight."""
+
+    vectors: list[Array] = field(default_factory=list)
+    images: int = 0
+    round_trips: list[RoundTrip] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -119,13 +127,14 @@ class _Position:
 
 
 class Witness:
-    """Sees every frame of one session. `see` may be called from another thread than the rest."""
+    """Sees every frame of one session. Threads may share it."""
 
     def __init__(self, bundle: Bundle, look_up: LookUp | None = None) -> None:
         """look_up: shared by the witnesses of a bundle, as it takes a while to make."""
         self._bundle = bundle
         self._look_up = look_up or LookUp(bundle)
-        self._frames: deque[tuple[str, bytes, float]] = deque()
+        self._frames: deque[tuple[str, bytes, float] | None] = deque()  # None: a new question begins
+        self._taking = threading.Lock()
         self._sent: dict[int, float] = {}  # seq to the time that it left
         self._positions: list[_Position] = []
         self._guesses: dict[int, int] = {}  # the cloud's best id behind a position
@@ -137,39 +146,46 @@ class Witness:
 
     def forget(self) -> None:
         """Starts a new question: what the cloud said before is not read again."""
-        self.take()
-        self._since = None
+        self._frames.append(None)
 
     def take(self) -> Sight:
         """Reads the frames that came since the last time, attacks included: some 50 µs a vector.
 
         The first vector waits for the table of their lengths: about a second for 50,000 tokens.
         """
-        vectors: list[Array] = []
-        round_trips: list[RoundTrip] = []
-        width = images = 0
-        while self._frames:
-            way, frame, at = self._frames.popleft()
-            try:
-                message = decode(frame)
-            except WireError:
-                continue  # the session refuses it, and says so
-            if way == "up" and isinstance(message, Append):
-                self._sent[message.seq] = at
-                self._append(message)
-                if message.kind == "text":
-                    vectors += list(message.embeddings[:, :SHOWN_FEATURES].astype(np.float32))
-                    width = message.embeddings.shape[1]
-                images += message.kind == "image"
-            elif way == "down" and isinstance(message, (Logits, Hidden)):
-                left = self._sent.pop(message.seq, None)
-                if left is not None:
-                    cloud = (message.queue_us + message.compute_us) / 1000
-                    round_trips.append(RoundTrip((at - left) * 1000, cloud))
-                if isinstance(message, Logits):
-                    self._guess(message)
-        while len(self._sent) > MOST_ROUND_TRIPS:  # requests that were lost with a connection
-            del self._sent[next(iter(self._sent))]
+        with self._taking:
+            travelled = _Travelled()
+            while self._frames:
+                event = self._frames.popleft()
+                if event is None:
+                    self._since, travelled = None, _Travelled()
+                else:
+                    self._read_frame(*event, travelled)
+            while len(self._sent) > MOST_ROUND_TRIPS:  # requests that were lost with a connection
+                del self._sent[next(iter(self._sent))]
+            return self._sight(travelled)
+
+    def _read_frame(self, way: str, frame: bytes, at: float, travelled: _Travelled) -> None:
+        try:
+            message = decode(frame)
+        except WireError:
+            return  # the session refuses it, and says so
+        if way == "up" and isinstance(message, Append):
+            self._sent[message.seq] = at
+            self._append(message)
+            if message.kind == "text":
+                travelled.vectors += list(message.embeddings[:, :SHOWN_FEATURES].astype(np.float32))
+            else:
+                travelled.images += 1
+        elif way == "down" and isinstance(message, (Logits, Hidden)):
+            left = self._sent.pop(message.seq, None)
+            if left is not None:
+                cloud = (message.queue_us + message.compute_us) / 1000
+                travelled.round_trips.append(RoundTrip((at - left) * 1000, cloud))
+            if isinstance(message, Logits):
+                self._guess(message)
+
+    def _sight(self, travelled: _Travelled) -> Sight:
         found: dict[Attack, int] = {
             attack: sum(position.tokens[index] is not None for position in self._positions)
             for index, attack in enumerate(ATTACKS)
@@ -177,7 +193,15 @@ class Witness:
         better = max(range(len(ATTACKS)), key=lambda index: found[ATTACKS[index]])
         named = [token for position in self._positions if (token := position.tokens[better]) is not None]
         seen = sum(position.seen for position in self._positions)
-        return Sight(vectors, width, images, round_trips, self._read(), seen, found, self._lines(named))
+        return Sight(
+            travelled.vectors,
+            travelled.images,
+            travelled.round_trips,
+            self._guessed(),
+            seen,
+            found,
+            self._lines(named),
+        )
 
     def _append(self, message: Append) -> None:
         """Keeps step with the KV cache, and attacks what is new in it."""
@@ -203,7 +227,7 @@ class Witness:
         first = message.kv_length - len(best)
         self._guesses |= {first + row: int(token) for row, token in enumerate(best)}
 
-    def _read(self) -> str:
+    def _guessed(self) -> str:
         since = self._since or 0
         return self._text([token for at, token in sorted(self._guesses.items()) if at >= since][-SHOWN_GUESSES:])
 

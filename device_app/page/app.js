@@ -270,5 +270,6 @@ if (info) {
   if (models.length === 0) toast("No model that is served here can chat.");
   await refreshList();
   await show();
+  byId("app").removeAttribute("aria-busy");
 }
 window.addEventListener("popstate", () => attempt(show));

@@ -7,7 +7,7 @@ const MOST_VECTORS = 1024;
 const MOST_TRIPS = 160;
 /** What each scheme does to a vector. */
 export const HIDDEN = { permutation: "in a secret order", rotation: "turned in a secret way" };
-const ATTACKS = { "sorted entries": "by comparing sorted entries", length: "by comparing lengths" };
+const ATTACKS = { "sorted entries": "Read live, by comparing sorted entries.", length: "Read live, by comparing lengths." };
 
 export class Panel {
   constructor() {
@@ -30,8 +30,10 @@ export class Panel {
   begin(text, images, model) {
     this.forget();
     this.model = model;
+    this.images = images;
     byId("panel-empty").hidden = true;
     byId("panel-body").hidden = false;
+    byId("panel-body").classList.remove("recalled");
     byId("live").hidden = false;
     byId("wrote-card").hidden = false;
     const pictures = images ? `[${images === 1 ? "an image" : `${images} images`}]` : "";
@@ -45,7 +47,9 @@ export class Panel {
   recall(text, figures, model) {
     this.begin(text, 0, model);
     byId("live").hidden = true;
-    byId("sent-note").textContent = `${figures.vectors_up} vectors were sent. They were not kept.`;
+    byId("panel-body").classList.add("recalled");
+    byId("sent-note").textContent = `${figures.vectors_up} vectors. They were shown as they left, and not kept.`;
+    byId("attack-lead").textContent = "The next answer is attacked here as it is made.";
     this.figures(figures);
   }
 
@@ -64,7 +68,7 @@ export class Panel {
       bytes_down: [bytes(figures.bytes_down)],
       round_trips: [String(figures.round_trips), a_token],
       tokens: [String(figures.tokens)],
-      accepted: [String(figures.accepted ?? 0), `of ${figures.drafted ?? 0}`],
+      accepted: [String(figures.accepted ?? 0), `of ${figures.drafted ?? 0} accepted`],
       replays: [String(figures.replays)],
     };
     for (const [name, [value, beside]] of Object.entries(shown)) {
@@ -88,7 +92,7 @@ export class Panel {
     read.scrollTop = read.scrollHeight;
     const width = this.model?.width ?? 0;
     const hidden = HIDDEN[this.model?.scheme] ?? "in disguise";
-    byId("sent-note").textContent = `A column is a token: ${width} numbers, ${hidden}.`;
+    byId("sent-note").textContent = `Each token: ${width} numbers, ${hidden}.${this.images ? " Images go as patches, hidden alike; the attack below leaves them out." : ""}`;
     byId("read-note").textContent =
       this.model?.head === "device"
         ? "Nothing: it returns hidden states, and this device makes words of them."
@@ -111,14 +115,14 @@ export class Panel {
     quote.textContent = from < 0 ? text : text.slice(from);
     if (count) {
       const all = count === positions ? `all ${positions}` : `${count} of ${positions}`;
-      lead.textContent = `Who has the model’s embedding table reads ${all} tokens, ${ATTACKS[attack]}:`;
+      lead.textContent = `Who has the model’s embedding table reads ${all} tokens:`;
     } else if (positions) {
       lead.textContent = "The two quickest look-ups in the embedding table name nothing here. Slower known attacks do.";
     } else {
       lead.textContent = "An attack with the model’s embedding table runs here, on what is sent.";
     }
     const limit = this.model?.limit ?? "";
-    byId("limit").textContent = limit && `${limit[0].toUpperCase()}${limit.slice(1)}.`;
+    byId("limit").textContent = [count ? ATTACKS[attack] : "", limit && `${limit[0].toUpperCase()}${limit.slice(1)}.`].join(" ");
   }
 
   /** Draws both pictures, in the colours that the style sheet gives them. */
@@ -129,7 +133,7 @@ export class Panel {
     if (this.trips.length) {
       const total = median(this.trips.map(([whole]) => whole));
       const cloud = median(this.trips.map(([, part]) => part));
-      byId("trips-note").textContent = `A round trip takes ${total.toFixed(0)} ms, ${cloud.toFixed(0)} ms of them in the cloud.`;
+      byId("trips-note").textContent = `A round trip: ${total.toFixed(0)} ms, ${cloud.toFixed(0)} ms in the cloud.`;
     }
   }
 

@@ -16,6 +16,7 @@ export class Thread {
     this.view.addEventListener("scroll", () => {
       this.following = this.view.scrollHeight - this.view.scrollTop - this.view.clientHeight < NEAR;
     });
+    new ResizeObserver(() => this.follow()).observe(this.view);
     this.messages.addEventListener("click", (event) => this.clicked(event.target));
   }
 

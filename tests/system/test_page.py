@@ -10,7 +10,9 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ import pytest
 from PIL import Image
 
 from device_app.gateway.pool import WireEvent
+from device_app.history import History
 from shared.wire import Append, decode
-from tests.conftest import run_cloud
+from tests.conftest import run_cloud, run_cloud_process
 from tests.device_app.gateway.gateways import KEY, RunningGateway, run_gateway
 
 SCENARIOS = Path(__file__).parent / "page"
@@ -178,6 +181,21 @@ def test_a_cloud_that_is_not_there_is_named_and_the_question_kept(tiny: Path) ->
         play("gone", gateway)
 
 
+def test_an_answer_goes_on_when_the_cloud_comes_back(smollm2: Path) -> None:
+    with (
+        run_cloud_process(smollm2 / "cloud") as (url, cloud),
+        run_gateway(smollm2, cloud=url) as gateway,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        seen = thread.submit(play, "lost", gateway, cloud=cloud.pid)
+        cloud.wait(120)
+        time.sleep(6)  # after five seconds the page says that it waits
+        with run_cloud_process(smollm2 / "cloud", port=int(url.rpartition(":")[2])):
+            assert seen.result()["replays"] == 1
+            [chat] = gateway.gateway.history.chats()
+            assert len(gateway.gateway.history.messages(chat.id)) == 2
+
+
 def test_everything_is_done_by_keyboard(tiny_gateway: RunningGateway) -> None:
     play("keyboard", tiny_gateway, chat=stored(tiny_gateway, "A question", "An answer."))
 
@@ -186,3 +204,15 @@ def test_axe_finds_no_serious_issue(tiny_gateway: RunningGateway) -> None:
     seen = play("axe", tiny_gateway, chat=stored(tiny_gateway, "A question", HOSTILE))
 
     assert [found for found in seen["violations"] if found["impact"] in ("serious", "critical")] == []
+
+
+@pytest.mark.skipif("STIP_SCREENSHOTS" not in os.environ, reason="STIP_SCREENSHOTS names no folder")
+def test_pictures_of_the_page_are_made(
+    smollm2: Path, cloud: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(History, "in_memory", lambda: History.open(tmp_path / "history.sqlite3"))
+    with run_gateway(smollm2, cloud=cloud) as gateway:
+        for title in ("Names for a quiet café", "Is this mole harmless?", "Draft of a letter to my landlord"):
+            stored(gateway, title, "An answer.")
+
+        play("screenshots", gateway, folder=str(Path(os.environ["STIP_SCREENSHOTS"]).resolve()))

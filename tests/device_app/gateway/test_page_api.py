@@ -183,7 +183,7 @@ def test_a_cloud_that_is_not_there_is_an_event_and_the_question_is_kept(tiny: Pa
         assert messages(gateway, chat) == [("user", QUESTION)]
 
 
-def test_a_disk_that_keeps_nothing_is_said_and_the_answer_comes(
+def test_a_disk_that_keeps_nothing_is_said_and_the_chat_goes_on(
     gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat = new_chat(gateway)
@@ -194,8 +194,10 @@ def test_a_disk_that_keeps_nothing_is_said_and_the_answer_comes(
     monkeypatch.setattr(gateway.gateway.history, "append", full)
     events = answer(gateway, chat, text=QUESTION)
 
-    assert "disk is full" in last(events, "notice")["message"]
-    assert text_of(events)
+    assert "disk is full" in next(event for event in events if event["kind"] == "notice")["message"]
+    following = answer(gateway, chat, text="rain")
+    assert QUESTION in last(following, "wire")["text"]
+    assert messages(gateway, chat) == []
 
 
 def test_a_question_that_was_never_answered_goes_with_the_next(gateway: RunningGateway) -> None:

@@ -39,7 +39,7 @@ export async function drive(scenario, { width = 1280, height = 800, colorScheme 
 /** Opens the page with its key, and perhaps at a chat. */
 export async function open({ page, base, key }, chat = null) {
   await page.goto(`${base}/#key=${key}`);
-  await page.waitForFunction(() => document.querySelector("#kept").textContent);
+  await page.waitForSelector("#app:not([aria-busy])");
   if (chat) {
     await page.click(`#chats li[data-id="${chat}"] .open`);
     await page.waitForSelector(".message");

@@ -12,10 +12,10 @@ await drive(
     await page.waitForFunction(() => document.querySelector("#key-title").textContent.includes("not this gateway's"));
     await page.fill("#key", key);
     await page.press("#key", "Enter");
-    await page.waitForFunction(() => document.querySelector("#kept").textContent);
+    await page.waitForSelector("#app:not([aria-busy])");
     assert.equal(await page.locator("dialog[open]").count(), 0);
     await page.reload(); // the key is kept as long as the tab
-    await page.waitForFunction(() => document.querySelector("#kept").textContent);
+    await page.waitForSelector("#app:not([aria-busy])");
   },
   { expected: ["401"] },
 );

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PROMPT ?=
 
-.PHONY: demo test test-all lint load bench bench-drafts bench-cabin bench-sessions test-page test-arm64 bench-levels bench-audit bench-equivalence bench-export bench-gpu families clean
+.PHONY: demo test test-all lint load bench bench-drafts bench-cabin bench-sessions test-page screenshots test-arm64 bench-levels bench-audit bench-equivalence bench-export bench-gpu families clean
 
 # torch first and pinned: left to itself, pip may take a build with gigabytes of CUDA libraries.
 .venv/installed: pyproject.toml constraints.txt
@@ -28,8 +28,13 @@ test-all: lint
 
 # the page in a real Chromium; needs Debian's packages chromium, nodejs and npm
 test-page: .venv/installed
-	npm ci --prefix tests/system/page
-	$(BIN)/pytest -m slow tests/system/test_page.py
+	cd tests/system/page && npm install --no-package-lock --no-audit --no-fund --ignore-scripts
+	$(BIN)/pytest tests/system/test_page.py
+
+# docs/page*.png
+screenshots: .venv/installed
+	cd tests/system/page && npm install --no-package-lock --no-audit --no-fund --ignore-scripts
+	STIP_SCREENSHOTS=docs $(BIN)/pytest tests/system/test_page.py -k pictures
 
 # the device app on an emulated arm64; needs Debian's packages qemu-user-static, mmdebstrap and fakeroot, and 2 GB
 test-arm64: .venv/installed

@@ -16,7 +16,11 @@ from PIL import Image
 from tests.conftest import run_cloud_process
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-COMMANDS = re.findall(r"^(stip-device .*)$", README, re.MULTILINE)
+COMMANDS = re.findall(r"^(stip-device (?!serve).*)$", README, re.MULTILINE)
+[SERVE] = set(re.findall(r"^(stip-device serve .*)$", README, re.MULTILINE))
+[CLIENT] = re.findall(
+    r"^OPENAI_BASE_URL=http://127\.0\.0\.1:8080/v1 OPENAI_API_KEY=stip-… python -m (.*)$", README, re.MULTILINE
+)
 MODELS = {  # folder in the README → tiny checkpoint of the same kind
     "smollm2": "llama",
     "minilm": "bert",
@@ -88,3 +92,25 @@ def test_a_printed_command_works(command: str, place: Path, url: str) -> None:
         assert [line.partition("\t")[0] for line in lines] == ["photo.jpg", "another.png"]
     elif " -p " in command or " translate " in command:
         assert printed.endswith("\n")
+
+
+def test_the_openai_package_talks_to_what_is_served(place: Path, url: str) -> None:
+    _, *words = shlex.split(SERVE)
+    words = [url if word.startswith("ws://") else word for word in words]
+    serve = [sys.executable, "-m", "device_app", *words, "--port", "0", "--no-history"]
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": ""}
+    with subprocess.Popen(serve, cwd=place, env=environment, stderr=subprocess.PIPE, text=True) as gateway:
+        try:
+            assert gateway.stderr is not None
+            page = next(found for line in gateway.stderr if (found := re.search(r"(http://\S+)/#key=(\S+)", line)))
+            done = subprocess.run(
+                [sys.executable, "-m", *shlex.split(CLIENT), "--max-tokens", "60"],
+                env=environment | {"OPENAI_BASE_URL": f"{page[1]}/v1", "OPENAI_API_KEY": page[2]},
+                capture_output=True,
+                text=True,
+            )
+        finally:
+            gateway.terminate()
+    assert done.returncode == 0, done.stderr
+    assert " written]\n" in done.stdout and "name=" in done.stdout
+    assert gateway.returncode == 0

@@ -75,8 +75,7 @@ class Answer:
         self._pieces.close()
 
     def cancel(self) -> None:
-        """The same from another thread: the one that iterates raises Cancelled, within POLL_SECONDS as long as there
-        is a connection."""
+        """The same from another thread: the one that iterates raises Cancelled, within about POLL_SECONDS."""
         self.cancelled = True
         if self.finish_reason is None:
             self._cancel()

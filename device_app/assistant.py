@@ -118,7 +118,7 @@ class Assistant:
     def interrupt(self, error: BaseException | None = None) -> None:
         """For signal handlers and other threads: who waits for the cloud raises KeyboardInterrupt, or `error`, where
         no reply is lost."""
-        self._connection.interrupted = error or KeyboardInterrupt()
+        self._connection.interrupt(error or KeyboardInterrupt())
 
     def context(self) -> int:
         """Positions that a prompt and its answer may take. Connects if need be; raises CloudError."""
@@ -317,7 +317,8 @@ class Assistant:
         """The pieces, timed; an answer that does not come to its end is cancelled in the cloud."""
         started, stats = time.perf_counter(), answer.stats
         with self._running_lock:
-            self._running, self._connection.interrupted = number, None
+            self._running = number
+            self._connection.attend()
         stats.counters = self._session.counters = Counters()
         try:
             if answer.cancelled:  # just now
@@ -333,7 +334,8 @@ class Assistant:
             stats.seconds = time.perf_counter() - started
             with self._running_lock:
                 if self._running == number:
-                    self._running, self._connection.interrupted = None, None
+                    self._running = None
+                    self._connection.attend()
 
     def _pieces(self, answer: Answer, tokens: Iterator[Chosen], text: TextStream, started: float) -> Generator[str]:
         """Text that has become certain, token after token."""

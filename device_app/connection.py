@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
 
+from device_app.dialing import cut, dialled, limit_silence, takes_more
 from device_app.opening import Opening
 from shared.errors import DishonestError, RefusedError, UnreachableError, UsageError
 from shared.loopback import is_loopback
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from device_app.session import Session
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts
-POLL_SECONDS = 0.1  # between looks at `interrupted`
+POLL_SECONDS = 0.1  # between looks at an interruption
 NORMAL, GOING_AWAY, MESSAGE_TOO_BIG = 1000, 1001, 1009  # RFC 6455 §7.4.1
 
 S = TypeVar("S", bound=Opening)
@@ -99,8 +101,8 @@ class Connection(Generic[S]):
         self._socket: ClientConnection | None = None
         self._closing = ExitStack()  # what ends the socket
         self._was_open = False
-        # Set by a signal handler, or another thread: raised by who waits, where no frame is half way.
-        self.interrupted: BaseException | None = None
+        self._interruption: BaseException | None = None
+        self._sending: tuple[ClientConnection, bytes] | None = None  # a frame, and the socket that is to take it
 
     def open(self) -> Opened:
         """Connects unless connected, and gives the session's limits. Raises UnreachableError, RefusedError."""
@@ -140,14 +142,31 @@ class Connection(Generic[S]):
         assert answered is not None
         return answered
 
+    def interrupt(self, error: BaseException) -> None:
+        """For signal handlers and other threads: who waits for the cloud raises `error`, where no frame is half way.
+
+        A frame that the line does not take is given up with its connection.
+        """
+        self._interruption = error
+        if (sending := self._sending) is not None:
+            _soon(self._give_up, sending)
+
+    def attend(self) -> None:
+        """Forgets an interruption that nobody has noticed."""
+        self._interruption = None
+
     def cancel(self) -> None:
-        """Gives up the question that is open, if any; the cloud is told."""
+        """Gives up the question that is open, if any; the cloud is told, by the line's end if it takes no more."""
         self.session.cancel()
+        if self._socket is None or not self.session.outbox:
+            return
+        limit = _soon(cut, self._socket)
         try:
-            if self._socket is not None:
-                self._send(self._socket)
+            self._send(self._socket)
         except (ConnectionClosed, OSError):
             self._drop()
+        finally:
+            limit.cancel()
 
     def close(self) -> None:
         """Ends the session. The next question, if there is one, is put to a fresh one."""
@@ -164,7 +183,7 @@ class Connection(Generic[S]):
                 if self._socket is None:
                     self._connect()
                 assert self._socket is not None
-                self._send(self._socket)
+                self._send(self._socket, self._check_interrupted)
                 try:
                     frame = self._socket.recv(timeout=POLL_SECONDS)
                 except TimeoutError:
@@ -174,11 +193,14 @@ class Connection(Generic[S]):
                 self.session.counters.bytes_down += len(frame)
                 self._on_frame("down", frame)
                 self.session.receive(frame)
+                if self.session.farewell is not None:
+                    self._socket.close(GOING_AWAY)  # nothing comes after it, even if the cloud stays
                 self._was_open = self._was_open or self.session.opened is not None
             except (ConnectionClosed, OSError, InvalidHandshake, InvalidMessage, TimeoutError) as error:
                 reason = self._reason(error)
                 lost = self.session.opened is not None
                 self._drop()
+                self._check_interrupted()  # which may be what broke it
                 waited += pause + (0.0 if lost else time.monotonic() - began)
                 if lost:
                     self._on_lost()
@@ -196,9 +218,13 @@ class Connection(Generic[S]):
                 raise
 
     def _check_interrupted(self) -> None:
-        if self.interrupted is not None:
-            interruption, self.interrupted = self.interrupted, None
+        if self._interruption is not None:
+            interruption, self._interruption = self._interruption, None
             raise interruption
+
+    def _give_up(self, sending: tuple[ClientConnection, bytes]) -> None:
+        if self._sending is sending:
+            cut(sending[0])
 
     def _sleep(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -208,17 +234,9 @@ class Connection(Generic[S]):
 
     def _connect(self) -> None:
         try:
-            socket = connect(
-                self._address.url,
-                ssl=self._tls,
-                subprotocols=[Subprotocol(SUBPROTOCOL)],
-                compression=None,
-                max_size=self.session.longest_reply,  # anything longer is not a reply
-                open_timeout=10,
-                close_timeout=2,
-                proxy=None if is_loopback(urlsplit(self._address.url).hostname or "") else True,
-            )
+            socket = dialled(self._dial, self._check_interrupted, POLL_SECONDS)
             self._socket = self._closing.enter_context(socket)
+            limit_silence(socket)
         except AssertionError:  # of websockets, where a server speaks before it is spoken to (SSH, SMTP)
             raise InvalidMessage("did not receive a valid HTTP response") from None
         except InvalidStatus as error:
@@ -235,12 +253,30 @@ class Connection(Generic[S]):
             raise DishonestError(f"cloud {self._address.url}: it does not speak {SUBPROTOCOL}")
         self.session.connected()
 
-    def _send(self, socket: ClientConnection) -> None:
-        while self.session.outbox:
-            frame = self.session.outbox.popleft()
-            self.session.counters.bytes_up += len(frame)
-            self._on_frame("up", frame)
-            socket.send(frame)
+    def _dial(self) -> ClientConnection:
+        return connect(
+            self._address.url,
+            ssl=self._tls,
+            subprotocols=[Subprotocol(SUBPROTOCOL)],
+            compression=None,
+            max_size=self.session.longest_reply,  # anything longer is not a reply
+            open_timeout=10,
+            close_timeout=2,
+            proxy=None if is_loopback(urlsplit(self._address.url).hostname or "") else True,
+        )
+
+    def _send(self, socket: ClientConnection, check: Callable[[], None] = lambda: None) -> None:
+        try:
+            while self.session.outbox:
+                # In this order: an interruption from now on sees what is being sent.
+                self._sending = (socket, self.session.outbox[0])
+                check()
+                frame = self.session.outbox.popleft()
+                self.session.counters.bytes_up += len(frame)
+                self._on_frame("up", frame)
+                socket.send(frame)
+        finally:
+            self._sending = None
 
     def _reason(self, error: WebSocketException | OSError) -> str:
         if isinstance(error, ConnectionClosed):
@@ -255,6 +291,16 @@ class Connection(Generic[S]):
         """Ends the connection. Unless the code is that of a normal end, the device means to resume the session."""
         socket, self._socket = self._socket, None
         if socket is not None:
+            if not takes_more(socket):  # nobody would learn why
+                cut(socket)
             socket.close(code)
         self._closing.close()
         self.session.lost()
+
+
+def _soon(function: Callable[[T], None], argument: T) -> threading.Timer:
+    """Calls `function` after POLL_SECONDS, in a thread, unless it is cancelled."""
+    timer = threading.Timer(POLL_SECONDS, function, [argument])
+    timer.daemon = True
+    timer.start()
+    return timer

@@ -116,12 +116,13 @@ class Session(Opening):
 
     def most_rows(self, top_k: int) -> int:
         """How many rows may be asked for at once."""
-        if self._classify is not None:
-            return MOST_ROWS
         assert self.opened is not None
+        most = min(MOST_ROWS, self._vectors_of_frame(self._key.hidden_size))  # rows come from one Append
+        if self._classify is not None:
+            return most
         if not top_k:
             return 1
-        return max(1, min(MOST_ROWS, self.opened.max_rows, self.longest_reply // (BYTES_A_VALUE * top_k)))
+        return max(1, min(most, self.opened.max_rows, self.longest_reply // (BYTES_A_VALUE * top_k)))
 
     def lost(self) -> None:
         # Nobody knows how many of the flights the cloud has answered. Those behind a failure change nothing.

@@ -39,26 +39,32 @@ def write_successors(
     text = source.config.get_text_config()
     count = min(source.shapes[family.embedding or ""][0], MOST_IDS, max(1, int(WORK / parameters)))
     begin = beginning or [next((one for one in (text.bos_token_id, text.eos_token_id) if isinstance(one, int)), 0)]
-    image = getattr(source.config, "image_token_id", None)
-    ids = torch.tensor([begin[0] if token == image else token for token in range(count)])
-    read = original(source, family, dtype)
-    # Body and head one after the other: the two largest tensors are never held together.
-    hidden = torch.from_numpy(streamed(source.config, read, lambda model: _hidden(model, begin, ids)))
+    read, rows = original(source, family, dtype), _embedded(source, family, dtype, [*begin, *range(count)])
+    # Of the two largest tensors, the token table is not held at all, and the classifier when the body is done.
+    hidden = torch.from_numpy(
+        streamed(source.config, read, lambda model: _hidden(model, rows[: len(begin)], rows[len(begin) :]))
+    )
     table = streamed(source.config, read, lambda model: _most_likely(model, hidden, banned))
     np.save(folder / SUCCESSORS, np.rint(table * (1, SURE)).astype(np.uint32))
     return count
 
 
-def _hidden(model: Any, begin: list[int], ids: torch.Tensor) -> torch.Tensor:
-    """[n, hidden_size]: what the classifier is given behind each of `ids`."""
+def _embedded(source: Source, family: Family, dtype: torch.dtype, ids: list[int]) -> torch.Tensor:
+    """[n, hidden_size]: what the stock model takes instead of `ids`."""
+    assert family.text is not None
+    return original(source, family, dtype)(family.text.table)[ids].float() * family.text.scale(source.config)
+
+
+def _hidden(model: Any, begin: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[n, hidden_size]: what the classifier is given behind each of `rows`; all are embedded."""
     body, cache = model.get_decoder(), _Beginning()
-    body(input_ids=torch.tensor([begin]), past_key_values=cache, use_cache=True)
+    body(inputs_embeds=begin[None], past_key_values=cache, use_cache=True)
     # Up and gate projections, and what comes of them, are the most that is held at once.
-    rows = max(1, BYTES // (4 * 3 * _widest(normalized(body.config))))
+    most = max(1, BYTES // (4 * 3 * _widest(normalized(body.config))))
     return torch.cat(
         [
-            body(input_ids=part[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-            for part in bar(torch.split(ids, rows), "likely successors")
+            body(inputs_embeds=part[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            for part in bar(torch.split(rows, most), "likely successors")
         ]
     )
 

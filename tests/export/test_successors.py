@@ -14,7 +14,7 @@ from device_app.bundle import Bundle
 from device_app.successors import SUCCESSORS
 from export.bundle import export_model
 
-KINDS = ["llama", "gpt2", "gemma2", "llava"]
+KINDS = ["llama", "gpt2", "gemma", "gemma2", "gemma3", "opt", "phi", "mixtral", "llava"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

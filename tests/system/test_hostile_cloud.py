@@ -66,7 +66,9 @@ LIES: dict[str, Callable[[Logits], Message]] = {
         rows, log_sum_exp=with_item(rows.log_sum_exp, (1, 0), np.nan)
     ),
     "a row too few": lambda rows: changed(rows, tensors=tuple(tensor[:-1] for tensor in rows.tensors)),
-    "a row too many": lambda rows: changed(rows, tensors=tuple(tensor[[0, *range(len(tensor))]] for tensor in rows.tensors)),
+    "a row too many": lambda rows: changed(
+        rows, tensors=tuple(tensor[[0, *range(len(tensor))]] for tensor in rows.tensors)
+    ),
     "a KV length without the draft": lambda rows: changed(rows, kv_length=rows.kv_length - 1),
     "a KV length beyond it": lambda rows: changed(rows, kv_length=rows.kv_length + 1),
     "the answer to another request": lambda rows: changed(rows, seq=rows.seq + 1),
@@ -155,7 +157,10 @@ def test_limits_that_make_no_sense_change_no_token(limits: dict[str, int], tiny:
 
 @pytest.mark.parametrize("context", [0, 1])
 def test_a_context_that_holds_no_question_is_refused(context: int, tiny: Path, cloud: RunningCloud) -> None:
-    with lying_relay(cloud.url, with_limits(context=context)) as url, open_assistant(tiny, url, retry_seconds=1) as assistant:
+    with (
+        lying_relay(cloud.url, with_limits(context=context)) as url,
+        open_assistant(tiny, url, retry_seconds=1) as assistant,
+    ):
         for ask in (lambda: answered(assistant), lambda: assistant.chat([{"role": "user", "content": "hi"}]).finish()):
             with pytest.raises(RefusedError) as caught:
                 ask()

@@ -1,4 +1,4 @@
-"""A cloud that lies: a websocket server on loopback that passes frames on to an honest one, and changes what it says."""
+"""A cloud that lies: a websocket server on loopback that passes frames on to an honest one and changes what it says."""
 
 from __future__ import annotations
 

@@ -61,11 +61,13 @@ def run_gateway(
     *exports: Path,
     cloud: str = "ws://127.0.0.1:9",
     change: Callable[[Bundle], Bundle] = lambda bundle: bundle,
+    history: History | None = None,
     **options: Any,
 ) -> Iterator[RunningGateway]:
-    """Serves the device halves of exports, for the cloud at a URL. change: what is done to a bundle before."""
+    """Serves the device halves of exports, for the cloud at a URL. change: what is done to a bundle before.
+    history: kept in memory unless given; closed with the gateway."""
     bundles = [(export / "device", change(Bundle.open(export / "device"))) for export in exports]
-    gateway = open_gateway(bundles, Address(cloud), history=History.in_memory(), **options)
+    gateway = open_gateway(bundles, Address(cloud), history=history or History.in_memory(), **options)
     listener = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
     server = Server(gateway, hosts=Hosts("127.0.0.1", port), key=KEY)

@@ -187,11 +187,13 @@ class Connection(Generic[S]):
                 try:
                     frame = self._socket.recv(timeout=POLL_SECONDS)
                 except TimeoutError:
+                    self._end_farewell(self._socket)
                     continue
                 if isinstance(frame, str):
                     raise DishonestError("reply: seen text, wanted a binary frame")
                 self.session.counters.bytes_down += len(frame)
                 self._on_frame("down", frame)
+                self._end_farewell(self._socket)
                 self.session.receive(frame)
                 if self.session.farewell is not None:
                     self._socket.close(GOING_AWAY)  # nothing comes after it, even if the cloud stays
@@ -216,6 +218,11 @@ class Connection(Generic[S]):
             except KeyboardInterrupt:
                 self._drop()  # a frame may have been between session and socket: the session finds out what arrived
                 raise
+
+    def _end_farewell(self, socket: ClientConnection) -> None:
+        """Of a cloud that said it would close the connection, and did not: not even after POLL_SECONDS."""
+        if self.session.farewell is not None:
+            cut(socket)
 
     def _check_interrupted(self) -> None:
         if self._interruption is not None:

@@ -96,7 +96,9 @@ class Grammar:
         matcher = LLMatcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
             raise _not_usable(what, matcher.get_error())
-        return _Followed(what, matcher, self._vocabulary)
+        followed = _Followed(what, matcher, self._vocabulary)
+        followed.allowed()  # a form that holds itself is only found out where it is followed
+        return followed
 
 
 class _Followed:

@@ -18,6 +18,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 
+def _as_a_terminal_does() -> None:
+    """What a terminal gives its program: itself, and signals that end it, which may be ignored where tests run."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Terminal:
     """`stip-device …` in a pseudo-terminal of its own, and what it shows."""
 
@@ -30,7 +37,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_as_a_terminal_does,
             env=environment,
         )
         os.close(slave)

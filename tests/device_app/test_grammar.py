@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator as Validator
 from tokenizers import Tokenizer as Library
@@ -278,6 +278,7 @@ json_values = st.recursive(
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(schema=st.dictionaries(st.sampled_from(KEYWORDS.split()), json_values))
+@example(schema={"$ref": ""})
 def test_whatever_a_schema_holds_it_is_followed_or_refused(grammar: Grammar, schema: dict[str, Any]) -> None:
     try:
         constraint = grammar.json_schema(schema)

@@ -65,7 +65,7 @@ def test_a_forced_call_comes_with_arguments_of_its_schema(tiny: Path, tiny_cloud
     [[again]] = [delta.tool_calls for delta in deltas if delta.tool_calls]
     assert again.function is not None and again.function.name == "weather" and again.index == 0
     assert not any(delta.content for delta in deltas)
-    assert free.choices[0].finish_reason == "length"
+    assert free.choices[0].finish_reason in ("length", "stop")  # a free answer, of random weights
 
 
 def test_tools_are_refused_where_the_template_has_no_place_for_them(client: OpenAI) -> None:

@@ -24,6 +24,7 @@ from export.progress import bar
 from export.scheme import Head, SchemeName
 from export.schemes import draw
 from export.source import Source, open_source
+from export.successors import write_successors
 from shared.errors import ExportError
 from shared.key import new_key_id
 from shared.manifest import CloudManifest, DeviceManifest, FileEntry, file_entry, write_manifest
@@ -107,8 +108,11 @@ def export_model(
         device.mkdir(mode=0o700)
         unmoved = write_cloud(source, family, drawn, plan, stored, cloud, key_id, shard_bytes)
         write_manifest(CloudManifest(**common, files=_entries(cloud), absent=plan.absent), cloud)
-        half = write_device(source, family, drawn, stored, device, key_id, head, drafts=drafts == "table")
+        half = write_device(source, family, drawn, stored, device, key_id, head)
         check = check_equivalence(source, family, drawn, stored, cloud, device, half.samples, head)
+        if drafts == "table" and family.kind in ("decoder", "vision-decoder"):
+            before, banned = half.described["prefix_ids"], half.described["banned_ids"]
+            write_successors(source, family, stored, device, before, banned)
         manifest = DeviceManifest(**common | half.described, files=_entries(device), check=msgspec.to_builtins(check))
         write_manifest(manifest, device)
         report = Report(

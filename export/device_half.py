@@ -16,7 +16,6 @@ from export.original import folded_gain, has_pooler, original
 from export.samples import IMAGE_AT, POSITIONS, Samples, sample_ids
 from export.scheme import Head, Scheme
 from export.source import Source
-from export.successors import write_successors
 from export.tokenizer import export_tokenizer
 from shared.errors import ExportError
 from shared.manifest import ImageFormat
@@ -37,17 +36,9 @@ class DeviceHalf:
 
 
 def write_device(
-    source: Source,
-    family: Family,
-    scheme: Scheme,
-    dtype: torch.dtype,
-    folder: Path,
-    key_id: str,
-    head: Head,
-    *,
-    drafts: bool = False,
+    source: Source, family: Family, scheme: Scheme, dtype: torch.dtype, folder: Path, key_id: str, head: Head
 ) -> DeviceHalf:
-    """Writes all but the manifest. drafts: also what devices draft from, where they decode. Raises ExportError."""
+    """Writes all but the manifest and the table of successors. Raises ExportError."""
     key = scheme.user_key(key_id, head=head)
     key.save(folder / "key.safetensors")
     config = source.config
@@ -74,9 +65,6 @@ def write_device(
     }
     if family.text is not None:
         _write_text(source, family, dtype, folder, half)
-    if drafts and family.kind in ("decoder", "vision-decoder"):
-        before, banned = half.described["prefix_ids"], half.described["banned_ids"]
-        write_successors(source, family, dtype, folder, before, banned)
     if family.image is not None:
         _write_images(source, family, family.image, dtype, folder, half)
     if head == "device":

@@ -152,6 +152,8 @@ class AsyncAssistant:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stip-assistant")
         self._answers: WeakSet[AsyncAnswer] = WeakSet()
         self._calls: WeakSet[Future[Any]] = WeakSet()  # whatever else was asked of the thread
+        self._closing = asyncio.Lock()
+        self._closed = False
 
     @classmethod
     async def open(cls, folder: str | Path, url: str, **options: Any) -> AsyncAssistant:
@@ -165,14 +167,18 @@ class AsyncAssistant:
         await self.close()
 
     async def close(self) -> None:
-        """Stops what is being answered and ends the session in the cloud."""
-        for answer in list(self._answers):
-            await answer.stop()
-        for call in list(self._calls):
-            if not call.cancel():
-                await _until_done(call, self._interrupt)
-        await self._run(self._assistant.close)
-        self._thread.shutdown(wait=False)
+        """Stops what is being answered and ends the session in the cloud. Once that is done, does nothing."""
+        async with self._closing:
+            if self._closed:
+                return
+            for answer in list(self._answers):
+                await answer.stop()
+            for call in list(self._calls):
+                if not call.cancel():
+                    await _until_done(call, self._interrupt)
+            await self._run(self._assistant.close)
+            self._thread.shutdown(wait=False)
+            self._closed = True
 
     def chat(self, messages: Sequence[Message], **options: Any) -> AsyncAnswer:
         """The answer to a conversation. Options are those of `Assistant.chat`."""

@@ -257,7 +257,8 @@ class Connection(Generic[S]):
             # Elsewhere may be beyond loopback, in the clear; nothing but the handshake went there.
             raise RefusedError("handshake", f"cloud {self._address.url}: it redirects elsewhere")
         if self._socket.subprotocol != SUBPROTOCOL:
-            raise DishonestError(f"cloud {self._address.url}: it does not speak {SUBPROTOCOL}")
+            # A portal may accept any WebSocket. The cloud itself would have refused another subprotocol.
+            raise RefusedError("handshake", f"cloud {self._address.url}: it does not speak {SUBPROTOCOL}")
         self.session.connected()
 
     def _dial(self) -> ClientConnection:

@@ -96,6 +96,11 @@ class Encoder:
         """Ends the session in the cloud."""
         self._connection.close()
 
+    def interrupt(self, error: BaseException | None = None) -> None:
+        """For signal handlers and other threads: a request that waits for the cloud raises KeyboardInterrupt, or
+        `error`, and the cloud is told. The next request is not disturbed."""
+        self._connection.interrupt(error or KeyboardInterrupt())
+
     def hidden(self, texts: Sequence[str]) -> list[Array]:
         """The last hidden states of each text, float32 [tokens, hidden_size], begin and end tokens included.
 
@@ -128,6 +133,7 @@ class Encoder:
         Raises UsageError for what is no image, CloudError where the cloud fails.
         """
         self.bundle.want_kind("classify_images", "image-encoder")
+        self._connection.attend()
         embeddings = [self.bundle.look(image) for image in images]
         return [self._predictions(logits) for logits in self._results(embeddings, "logits")]
 
@@ -145,6 +151,7 @@ class Encoder:
 
     def _of_texts(self, texts: Sequence[str], want: Want) -> list[Array]:
         self.bundle.want_kind(want, "encoder")
+        self._connection.attend()
         if isinstance(texts, str):
             raise UsageError("texts: seen one text, wanted a list of texts")
         self.want(want)  # before anything is sent
@@ -184,7 +191,11 @@ class Encoder:
         self.want(want)
         if not embeddings:
             raise UsageError("inputs: seen none, wanted at least one")
-        return self._connection.results(embeddings, want)
+        try:
+            return self._connection.results(embeddings, want)
+        except BaseException:
+            self._connection.cancel()  # nobody waits for it any more
+            raise
 
     def _predictions(self, logits: Array) -> list[Prediction]:
         """Sorted; equal ones in the model's order."""

@@ -14,6 +14,7 @@ import secrets
 import traceback
 from pathlib import Path
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from device_app.gateway.errors import ApiError
@@ -131,6 +132,8 @@ class Guard:
             return
         try:
             await self._app(scope, receive, sealed)
+        except ClientDisconnect:
+            return  # in the middle of its request: nobody is left to be answered
         except Exception as error:
             # Its text may quote a request: the log gets its kind and its place alone.
             place = traceback.extract_tb(error.__traceback__)[-1]

@@ -16,11 +16,13 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+from device_app.answer import STOPPED
 from device_app.gateway.errors import RETRY_SECONDS, ApiError
-from shared.errors import UnreachableError
+from shared.errors import Cancelled, UnreachableError
 
 MOST_WAITING = 64  # requests of one model that wait for a session
 OPENING = 16  # tokens whose sending is about as slow as to open a session
+AGAIN_SECONDS = 0.2  # between interruptions of a call: one may come just before it asks the cloud, and be missed
 
 OnFrame = Callable[[str, bytes], None]
 _numbers = itertools.count(1)
@@ -38,6 +40,8 @@ class WireEvent:
 
 class Client(Protocol):
     """An Assistant or an Encoder."""
+
+    def interrupt(self, error: BaseException | None = None) -> None: ...
 
     def close(self) -> None: ...
 
@@ -80,10 +84,14 @@ class _Seat(Generic[C]):
         self.held = 0  # tokens of its last conversation
         self.used = 0.0
 
-    def renew(self) -> None:
-        """Another session in place of one whose cloud is gone: who asks next is told so at once."""
-        self.client.close()
-        self.client, self.held = self._open(), 0
+    def run(self, function: Callable[[], R]) -> R:
+        """`function()`. A session whose cloud is gone is replaced by another: who asks next is told so at once."""
+        try:
+            return function()
+        except UnreachableError:
+            self.client.close()
+            self.client, self.held = self._open(), 0
+            raise
 
 
 class Lease(Generic[C]):
@@ -91,8 +99,9 @@ class Lease(Generic[C]):
 
     def __init__(self, seat: _Seat[C]) -> None:
         self._seat = seat
-        self._answer: RunningAnswer | None = None
+        self._answer: RunningAnswer | None = None  # what the work is, unless it is a call
         self._work: asyncio.Future[Any] | None = None
+        self._cancelled = False
 
     @property
     def client(self) -> C:
@@ -105,10 +114,9 @@ class Lease(Generic[C]):
         return self._seat.number
 
     async def call(self, function: Callable[[], R]) -> R:
-        """`function()`, in the session's thread."""
-        work = asyncio.get_running_loop().run_in_executor(self._seat.worker, function)
-        self._work = work
-        return await asyncio.shield(work)
+        """`function()`, in the session's thread. Raises what it does, and Cancelled: leaving early interrupts it where
+        it waits for the cloud."""
+        return await asyncio.shield(self._begun(lambda: self._seat.run(function)))
 
     async def run(self, answer: RunningAnswer) -> AsyncGenerator[str, None]:
         """The pieces of an answer as they come. Leaving early cancels it, within 0.2 s. Raises what the answer does."""
@@ -125,21 +133,21 @@ class Lease(Generic[C]):
         def tell(item: Step | BaseException | None) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, item)
 
+        def make() -> None:
+            for piece in answer:
+                tell(Step(piece, len(answer.ids)))
+            tell(Step("", len(answer.ids)))
+
         def work() -> None:
             try:
-                for piece in answer:
-                    tell(Step(piece, len(answer.ids)))
-                tell(Step("", len(answer.ids)))
+                seat.run(make)
             except BaseException as error:  # whatever it is, it belongs to who waits for the answer
                 tell(error)
-                if isinstance(error, UnreachableError):
-                    seat.renew()
             else:
                 tell(None)
                 seat.held = answer.stats.prompt_tokens + len(answer.ids)
 
-        self._answer = answer
-        self._work = loop.run_in_executor(seat.worker, work)
+        self._begun(work, answer)
         try:
             while (item := await queue.get()) is not None:
                 if isinstance(item, BaseException):
@@ -149,9 +157,25 @@ class Lease(Generic[C]):
             answer.cancel()
 
     def cancel(self) -> None:
-        """Ends the answer that is being made, if any."""
+        """Ends the answer or the call that runs, if any; nothing begins after it."""
+        cancelled, self._cancelled = self._cancelled, True
         if self._answer is not None:
             self._answer.cancel()
+        elif not cancelled:
+            self._interrupt()
+
+    def _begun(self, work: Callable[[], R], answer: RunningAnswer | None = None) -> asyncio.Future[R]:
+        if self._cancelled:
+            raise Cancelled(STOPPED)
+        begun = asyncio.get_running_loop().run_in_executor(self._seat.worker, work)
+        self._work, self._answer = begun, answer
+        return begun
+
+    def _interrupt(self) -> None:
+        """Until the call is over. Its client forgets what comes too late when it is asked again."""
+        if self._work is not None and not self._work.done():
+            self._seat.client.interrupt(Cancelled(STOPPED))
+            self._work.get_loop().call_later(AGAIN_SECONDS, self._interrupt)
 
     def end(self, free: Callable[[], None]) -> None:
         """Cancels what still runs; `free` is called once the session's thread is idle."""

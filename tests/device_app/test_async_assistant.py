@@ -161,6 +161,15 @@ def test_leaving_the_assistant_ends_its_answers_and_its_thread(assistant: AsyncA
     asyncio.run(talk())
 
 
+def test_it_may_be_closed_more_than_once(tiny: Path) -> None:
+    async def talk() -> None:
+        async with AsyncAssistant(open_assistant(tiny, "ws://127.0.0.1:9")) as assistant:
+            await asyncio.gather(assistant.close(), assistant.close())
+            await assistant.close()
+
+    asyncio.run(talk())
+
+
 def test_an_answer_that_nobody_holds_any_more_ends(assistant: AsyncAssistant) -> None:
     async def talk() -> None:
         async with assistant:

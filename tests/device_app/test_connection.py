@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -229,14 +229,16 @@ def test_a_cloud_cannot_redirect_the_device_elsewhere() -> None:
 
 
 @contextmanager
-def lying_cloud(handle: Callable[[ServerConnection], None], subprotocol: str = SUBPROTOCOL) -> Iterator[str]:
+def lying_cloud(
+    handle: Callable[[ServerConnection], None], subprotocols: Sequence[str] | None = (SUBPROTOCOL,)
+) -> Iterator[str]:
     """A websocket server that treats each connection as `handle` says, and then closes it; gives its URL."""
 
     def attend(peer: ServerConnection) -> None:
         with suppress(ConnectionClosed, OSError):
             handle(peer)
 
-    server: Server = serve(attend, "127.0.0.1", 0, subprotocols=[subprotocol], compression=None)  # type: ignore[list-item]
+    server: Server = serve(attend, "127.0.0.1", 0, subprotocols=subprotocols, compression=None)  # type: ignore[arg-type]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -365,9 +367,13 @@ def test_after_a_refusal_the_connection_is_closed_and_the_next_one_is_fresh() ->
         within(20, ask)
 
 
-def test_a_server_of_another_protocol_is_refused() -> None:
-    with lying_cloud(lambda peer: None, subprotocol="mqtt") as url, pytest.raises(CloudError):
+@pytest.mark.parametrize(
+    ("subprotocols", "reason"), [(["mqtt"], "HTTP status 400"), (None, "it does not speak")], ids=["other", "any"]
+)
+def test_a_server_of_another_protocol_is_refused(subprotocols: list[str] | None, reason: str) -> None:
+    with lying_cloud(lambda peer: None, subprotocols) as url, pytest.raises(RefusedError, match=reason) as raised:
         within(10, lambda: asked(url))
+    assert raised.value.code == "handshake"  # whoever knows that the cloud was there may ask again
 
 
 @pytest.mark.parametrize("answers", [0, 1, 2])

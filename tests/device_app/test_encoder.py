@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +15,13 @@ from device_app.bundle import Bundle
 from device_app.connection import Address
 from device_app.encode import Want
 from device_app.encoder import Encoder
-from shared.errors import RefusedError, UnreachableError, UsageError
+from shared.errors import Cancelled, RefusedError, UnreachableError, UsageError
 from shared.key import UserKey
 from shared.wire import Array
 from tests.device_app.bundles import CLASSES, CONTEXT, END_ID, LABELS, START_ID, make_bundle
 from tests.device_app.honest_cloud import EMBEDDING, HIDDEN, PATCHES, image
 from tests.device_app.honest_encoder import HonestEncoder, plain_result, serving
+from tests.processes import eventually
 
 TEXTS = ["the cat", "", "the dog sang in the rain", "世界"]
 
@@ -242,3 +245,48 @@ def test_after_a_refusal_the_next_question_is_answered(folder: Path) -> None:
         with pytest.raises(RefusedError, match="internal: because"):
             encoder.embed(TEXTS)
         np.testing.assert_array_equal(encoder.pooled(["the"])[0], expected(encoder, "the", "pooled"))
+
+
+# --- interruptions ---
+
+
+class Patient(HonestEncoder):
+    """Says nothing until it is told that nobody waits any more."""
+
+    @property
+    def waiting(self) -> int:
+        return super().waiting if self._cancelled else 0
+
+
+def test_an_interrupted_request_is_cancelled_in_the_cloud_and_the_next_is_answered(folder: Path) -> None:
+    cloud = Patient()
+
+    def interrupt() -> None:
+        assert eventually(lambda: bool(cloud.encodes), 5)
+        encoder.interrupt(Cancelled("enough"))
+
+    with serving(lambda: cloud) as (url, clouds), Encoder.open(folder, url) as encoder:
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(Cancelled, match="enough"):
+            encoder.embed(TEXTS)
+        thread.join()
+        np.testing.assert_array_equal(encoder.pooled(["the"])[0], expected(encoder, "the", "pooled"))
+        assert len(clouds) == 1  # on the same connection
+
+
+def test_an_interruption_that_comes_between_requests_disturbs_none(encoder: Encoder) -> None:
+    encoder.interrupt()
+    np.testing.assert_array_equal(encoder.pooled(["the"])[0], expected(encoder, "the", "pooled"))
+
+
+def test_an_interruption_ends_the_attempts_to_reach_a_cloud_that_went(folder: Path) -> None:
+    with serving(HonestEncoder, answers=1) as (url, _):
+        encoder = Encoder.open(folder, url, retry_seconds=600)
+        encoder.embed(["the cat"])
+    limit = threading.Timer(0.5, encoder.interrupt, [Cancelled("enough")])
+    limit.start()
+    started = time.monotonic()
+    with pytest.raises(Cancelled):
+        encoder.embed(["the dog"])
+    assert time.monotonic() - started < 5

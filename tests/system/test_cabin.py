@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
+from websockets.sync.server import serve
 
 from benchmarks.camera import picture
 from benchmarks.tunnel import Tunnel
@@ -175,32 +177,47 @@ def test_it_ends_inside_a_tunnel_and_describes_what_waited_when_it_starts_again(
     assert again.described() == names
 
 
-class LogInPage(SimpleHTTPRequestHandler):
-    """What a car park's network answers in the place of every server."""
+@contextmanager
+def log_in_page(asked: threading.Event) -> Iterator[int]:
+    """What a car park's network answers in the place of every server; gives its port."""
 
-    asked = 0
+    class Page(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.set()
+            self.send_response(200)
+            self.end_headers()
 
-    def do_GET(self) -> None:
-        type(self).asked += 1
-        self.send_response(200)
-        self.end_headers()
+    with HTTPServer(("127.0.0.1", 0), Page) as page:
+        threading.Thread(target=page.serve_forever, daemon=True).start()
+        yield page.server_port
+        page.shutdown()
 
 
-def test_a_log_in_page_in_the_clouds_place_is_a_tunnel(start: Start, tunnel: Tunnel, tmp_path: Path) -> None:
+@contextmanager
+def any_websocket(asked: threading.Event) -> Iterator[int]:
+    """A portal that takes every WebSocket, whatever it is to carry; gives its port."""
+    with serve(lambda peer: asked.set(), "127.0.0.1", 0) as portal:
+        threading.Thread(target=portal.serve_forever, daemon=True).start()
+        yield portal.socket.getsockname()[1]
+        portal.shutdown()
+
+
+@pytest.mark.parametrize("portal", [log_in_page, any_websocket])
+def test_a_portal_in_the_clouds_place_is_a_tunnel(
+    portal: Callable[[threading.Event], AbstractContextManager[int]], start: Start, tunnel: Tunnel, tmp_path: Path
+) -> None:
     write(tmp_path, [1])
     program = start(url=tunnel.url)
     assert program.says(1)
-    cloud = tunnel.port
-    with HTTPServer(("127.0.0.1", 0), LogInPage) as page:
-        threading.Thread(target=page.serve_forever, daemon=True).start()
+    cloud, asked = tunnel.port, threading.Event()
+    with portal(asked) as port:
         tunnel.enter()
-        tunnel.port = page.server_port
+        tunnel.port = port
         tunnel.leave()
         write(tmp_path, [2])
-        assert eventually(lambda: LogInPage.asked > 0, 30)
+        assert asked.wait(30)
         tunnel.port = cloud
         assert program.says(2)
-        page.shutdown()
     program.end()
     assert [line.get("state") for line in program.lines] == [None, "offline", "online", None, "ended"]
 

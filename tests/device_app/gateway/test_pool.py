@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from device_app.gateway.errors import ApiError
-from device_app.gateway.pool import MOST_WAITING, OnFrame, Pool, WireEvent
+from device_app.gateway.pool import MOST_WAITING, Lease, OnFrame, Pool, WireEvent
 from device_app.held import common_prefix
+from shared.errors import Cancelled, UnreachableError
 
 
 class Session:
@@ -23,9 +24,20 @@ class Session:
         self.ids: list[int] = []
         self.on_frame = on_frame
         self.closed = False
+        self.interrupted: BaseException | None = None
 
     def close(self) -> None:
         self.closed = True
+
+    def interrupt(self, error: BaseException | None = None) -> None:
+        self.interrupted = error
+
+    def wait(self) -> None:
+        """Until it is interrupted, as a client that waits for the cloud; what came before it began is forgotten."""
+        self.interrupted = None
+        while self.interrupted is None:
+            time.sleep(0.005)
+        raise self.interrupted
 
     def shared(self, ids: Sequence[int]) -> int:
         return common_prefix(list(ids), self.ids)
@@ -165,6 +177,36 @@ async def test_a_session_is_not_given_on_before_its_thread_is_done() -> None:
 
 
 @in_loop
+async def test_a_call_that_is_left_is_interrupted_and_its_session_free_again() -> None:
+    pool = pool_of(1)
+
+    async def ask() -> None:
+        async with pool.lease() as lease:
+            await lease.call(lambda: (time.sleep(0.05), lease.client.wait()))  # the first interruption comes too early
+
+    left = asyncio.create_task(ask())
+    await asyncio.sleep(0.02)
+    left.cancel()
+    await answer(pool, [5])
+    assert left.cancelled()
+    pool.close()
+
+
+@in_loop
+async def test_stopping_ends_a_call_and_nothing_begins_after_it() -> None:
+    pool = pool_of(1)
+    async with pool.lease() as lease:
+        asyncio.get_running_loop().call_later(0.02, pool.stop)
+        with pytest.raises(Cancelled):
+            await lease.call(lease.client.wait)
+        with pytest.raises(Cancelled):
+            await lease.call(lambda: None)
+        with pytest.raises(Cancelled):
+            [piece async for piece in lease.run(Counting(lease.client, [], 3))]
+    pool.close()
+
+
+@in_loop
 async def test_an_answer_runs_outside_of_the_event_loop_s_thread() -> None:
     pool = pool_of(1)
     async with pool.lease() as lease:
@@ -182,6 +224,33 @@ async def test_what_an_answer_raises_reaches_who_asked() -> None:
         await answer(pool, [1], fails=ValueError("out of ink"))
     await answer(pool, [1])
     pool.close()
+
+
+async def unreachable_call(lease: Lease[Session]) -> None:
+    def fail() -> None:
+        raise UnreachableError("cloud: gone")
+
+    await lease.call(fail)
+
+
+async def unreachable_answer(lease: Lease[Session]) -> None:
+    [piece async for piece in lease.run(Counting(lease.client, [1], 3, fails=UnreachableError("cloud: gone")))]
+
+
+@pytest.mark.parametrize("ask", [unreachable_call, unreachable_answer])
+def test_a_session_whose_cloud_is_gone_is_replaced(ask: Callable[[Lease[Session]], Coroutine[Any, Any, None]]) -> None:
+    @in_loop
+    async def test() -> None:
+        pool = pool_of(1)
+        async with pool.lease() as lease:
+            gone = lease.client
+            with pytest.raises(UnreachableError):
+                await ask(lease)
+        async with pool.lease() as lease:
+            assert gone.closed and lease.client is not gone and not lease.client.closed
+        pool.close()
+
+    test()
 
 
 @in_loop

@@ -5,7 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from device_app.gateway.server import listen, open_gateway
 from device_app.history import History
 from shared.errors import UsageError
 from tests.conftest import RunningCloud
+from tests.device_app.bundles import make_bundle
 from tests.device_app.gateway.asking import STORY
 from tests.device_app.gateway.gateways import KEY, RunningGateway, run_gateway
+from tests.device_app.honest_encoder import HonestEncoder, serving
 from tests.processes import eventually, metric
 
 NOWHERE = Address("ws://127.0.0.1:9")
@@ -85,6 +88,18 @@ def test_who_leaves_while_waiting_gives_the_place_up(tiny: Path, tiny_cloud: Run
         assert asking(running, max_tokens=3).getresponse().status == 200
 
 
+def test_who_leaves_while_it_sends_its_request_is_no_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_bundle(tmp_path / "device", "encoder")
+    with run_gateway(tmp_path) as running:
+        tasks = running.server.server_state.tasks
+        leaving = http.client.HTTPConnection("127.0.0.1", running.port)
+        leaving.request("POST", "/v1/embeddings", headers={"Authorization": f"Bearer {KEY}", "Content-Length": "1000"})
+        assert eventually(lambda: len(tasks) == 1, 5)
+        leaving.close()
+        assert eventually(lambda: not tasks, 5)
+    assert not caplog.records
+
+
 def test_the_end_of_the_gateway_ends_its_sessions(tiny: Path, tiny_cloud: RunningCloud) -> None:
     before = metric(tiny_cloud.url, "stip_sessions_open")
     with run_gateway(tiny, cloud=tiny_cloud.url) as running:
@@ -98,3 +113,44 @@ def test_the_end_of_the_gateway_ends_its_sessions(tiny: Path, tiny_cloud: Runnin
     assert json.loads(last)["error"]["code"] == "cancelled"
     assert eventually(lambda: metric(tiny_cloud.url, "stip_sessions_open") == before, 5)
     assert metric(tiny_cloud.url, "stip_sessions_held") == 0
+
+
+def embedding(gateway: RunningGateway) -> http.client.HTTPConnection:
+    """A connection on which vectors have been asked for."""
+    connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=30)
+    body = json.dumps({"model": "tiny", "input": ["the cat", "the dog"]})
+    connection.request("POST", "/v1/embeddings", body, {"Authorization": f"Bearer {KEY}"})
+    return connection
+
+
+@contextmanager
+def deserted(folder: Path) -> Iterator[RunningGateway]:
+    """A gateway to an encoder whose cloud answered once and is gone since."""
+    make_bundle(folder / "device", "encoder")
+    with ExitStack() as stack:
+        with serving(HonestEncoder, answers=1) as (url, _):
+            running = stack.enter_context(run_gateway(folder, cloud=url, sessions=1, retry_seconds=600))
+            assert embedding(running).getresponse().status == 200
+        yield running
+
+
+def test_who_leaves_while_the_cloud_is_gone_frees_the_session(tmp_path: Path) -> None:
+    with deserted(tmp_path) as running:
+        [pool] = [served.pool for served in running.gateway.models.values()]
+        assert pool._idle
+        asked = embedding(running)
+        assert eventually(lambda: not pool._idle, 5)
+        asked.close()
+        assert eventually(lambda: bool(pool._idle), 2)
+
+
+def test_the_gateway_ends_while_it_waits_for_a_cloud_that_is_gone(tmp_path: Path) -> None:
+    with deserted(tmp_path) as running:
+        [pool] = [served.pool for served in running.gateway.models.values()]
+        asked = embedding(running)
+        assert eventually(lambda: not pool._idle, 5)
+        began = time.monotonic()
+        running.server.should_exit = True
+        response = asked.getresponse()
+        assert (response.status, json.loads(response.read())["error"]["code"]) == (503, "cancelled")
+    assert time.monotonic() - began < 5

@@ -179,22 +179,27 @@ class History:
     def append(self, chat_id: str, role: str, content: Content, **details: Any) -> StoredMessage:
         """Adds a message to the end of a chat. details: what JSON can hold."""
         message = StoredMessage(role, content, details, time.time())
-        row = (chat_id, chat_id, role, json.dumps(content), json.dumps(details), message.at)
         with self._writing() as connection:
             self._touch(chat_id)
-            connection.execute(
-                """INSERT INTO messages VALUES (
-                    ?, (SELECT coalesce(max(number) + 1, 0) FROM messages WHERE chat = ?), ?, ?, ?, ?)""",
-                row,
-            )
+            _append(connection, chat_id, message)
         return message
 
     def cut(self, chat_id: str, keep: int) -> None:
         """Keeps the first `keep` messages of a chat, and forgets the others."""
+        self.replace(chat_id, keep, [])
+
+    def replace(self, chat_id: str, keep: int, messages: Sequence[StoredMessage], *, title: str = "") -> None:
+        """Puts `messages` in the place of all after the first `keep`: all of it happens, or nothing.
+
+        title: for a chat that has none yet.
+        """
         with self._writing() as connection:
             self._touch(chat_id)
             # A number is a message's place: messages are added and cut at the end alone.
             connection.execute("DELETE FROM messages WHERE chat = ? AND number >= ?", (chat_id, keep))
+            for message in messages:
+                _append(connection, chat_id, message)
+            connection.execute("UPDATE chats SET title = ? WHERE id = ? AND title = ''", (_sound(title), chat_id))
 
     def change(self, chat_id: str, *, title: str | None = None, settings: Mapping[str, Any] | None = None) -> Chat:
         """Changes a chat's title or settings, or both."""
@@ -217,12 +222,6 @@ class History:
         with self._writing() as connection:
             connection.execute("DELETE FROM messages")
             connection.execute("DELETE FROM chats")
-
-    def export(self, chat_id: str) -> dict[str, Any]:
-        """A chat with its messages, as plain JSON."""
-        with self._reading():
-            chat, messages = self._chat(chat_id), self.messages(chat_id)
-        return {**vars(chat), "messages": [dict(vars(message)) for message in messages]}
 
     def _chat(self, chat_id: str) -> Chat:
         row = self._connection.execute("SELECT * FROM chats WHERE id = ?", (_sound(chat_id),)).fetchone()
@@ -315,6 +314,15 @@ def _error(name: str, error: Exception) -> HistoryError:
     detail = getattr(error, "strerror", None) or str(error)
     hint = next((hint for part, hint in _HINTS if part in detail), "--no-history goes on without")
     return HistoryError(f"{name}: {detail}", hint=hint)
+
+
+def _append(connection: sqlite3.Connection, chat_id: str, message: StoredMessage) -> None:
+    row = (chat_id, chat_id, message.role, json.dumps(message.content), json.dumps(message.details), message.at)
+    connection.execute(
+        """INSERT INTO messages VALUES (
+            ?, (SELECT coalesce(max(number) + 1, 0) FROM messages WHERE chat = ?), ?, ?, ?, ?)""",
+        row,
+    )
 
 
 def _chat(row: Sequence[Any]) -> Chat:

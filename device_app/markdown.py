@@ -15,11 +15,14 @@ from urllib.parse import urlsplit
 
 from markdown_it import MarkdownIt
 from markdown_it.common.utils import escapeHtml
+from markdown_it.rules_block import StateBlock
+from markdown_it.rules_block.table import table
 from markdown_it.token import Token
 
 from device_app.text import without_control
 
 MOST_NESTING = 20
+MOST_COLUMNS = 50  # of a table; a wider one is shown as text
 MOST_CHARACTERS = 100_000  # beyond it text is shown as it is: no answer is that long, and time is bounded
 MOST_ADDRESS = 2048
 MOST_LANGUAGE = 24  # characters of a code block's language that are shown
@@ -54,9 +57,33 @@ def render(text: str) -> list[str]:
 
 def _parser() -> MarkdownIt:
     parser = MarkdownIt("commonmark", {"html": False, "maxNesting": MOST_NESTING}).enable(["table", "strikethrough"])
+    parser.block.ruler.at("table", _table, {"alt": ["paragraph", "reference"]})
     for name, rule in _RULES.items():
         parser.add_render_rule(name, rule)
     return parser
+
+
+def _table(state: StateBlock, start: int, end: int, silent: bool) -> bool:
+    """A table, unless it would have more cells than its text has characters.
+
+    Rows are filled up to the columns of the head: a few thousand characters could become a million cells.
+    """
+    if not table(state, start, end, True):
+        return False
+    under_head = state.src[state.bMarks[start + 1] : state.eMarks[start + 1]]
+    columns = sum(1 for part in under_head.split("|") if part.strip())
+    last = _paragraph_end(state, start)
+    characters = state.eMarks[last - 1] - state.bMarks[start]
+    if columns > MOST_COLUMNS or columns * (last - start) > characters:
+        return False
+    return silent or table(state, start, end, False)
+
+
+def _paragraph_end(state: StateBlock, line: int) -> int:
+    """The first line after `line` that is blank, or the end. Looked for once a paragraph, not once a line of it."""
+    if line >= state.env.get("paragraph_end", 0):
+        state.env["paragraph_end"] = next((at for at in range(line, state.lineMax) if state.isEmpty(at)), state.lineMax)
+    return int(state.env["paragraph_end"])
 
 
 def _heading_open(_: Any, tokens: Tokens, index: int, options: Any, env: Environment) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import traceback
+from pathlib import Path
 from typing import Any
 
 import msgspec
 from starlette.responses import Response
 
 from shared.errors import BundleError, Cancelled, CloudError, RefusedError, StipError, UnreachableError, UsageError
+
+log = logging.getLogger("stip.gateway")
 
 RETRY_SECONDS = 5
 BUSY = ("too_many_sessions", "shutting_down", "idle")  # of the cloud: later it may answer
@@ -61,6 +66,12 @@ class ApiError(Exception):
 def json_response(content: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """`content` as JSON."""
     return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
+
+
+def log_failure(what: str, error: BaseException) -> None:
+    """Logs that something failed. The error's text may quote a request: its kind and its place are told alone."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    log.error("%s failed: %s at %s:%s", what, type(error).__name__, Path(place.filename).name, place.lineno)
 
 
 def refused_value(param: str, seen: str, wanted: str) -> ApiError:

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import logging
 import os
 import secrets
-import traceback
 from pathlib import Path
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from device_app.gateway.errors import ApiError
+from device_app.gateway.errors import ApiError, log_failure
 from shared.errors import UsageError
 from shared.loopback import is_loopback
-
-log = logging.getLogger("stip.gateway")
 
 KEYED = ("/v1/", "/api/")  # what needs the key; the page itself holds nothing
 HEADERS = {
@@ -135,9 +131,7 @@ class Guard:
         except ClientDisconnect:
             return  # in the middle of its request: nobody is left to be answered
         except Exception as error:
-            # Its text may quote a request: the log gets its kind and its place alone.
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            log.error("a request failed: %s at %s:%s", type(error).__name__, Path(place.filename).name, place.lineno)
+            log_failure("a request", error)
             if not begun:
                 await ApiError(500, "the gateway failed; its log says where").response()(scope, receive, sealed)
 

@@ -10,20 +10,20 @@ import asyncio
 import base64
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 
 from device_app.answer import Answer, Stats
-from device_app.gateway.errors import ApiError, api_error
+from device_app.gateway.errors import ApiError, api_error, log_failure
 from device_app.gateway.page_images import joined, with_files
-from device_app.gateway.page_lines import Line, Lines
+from device_app.gateway.page_lines import Lines
 from device_app.gateway.serving import ServedModel
 from device_app.gateway.watching import Watch
 from device_app.gateway.witness import Sight, Witness
-from device_app.history import Chat, Content
+from device_app.history import Chat, Content, StoredMessage, title_of
 from device_app.markdown import render
 from device_app.prompt import Prompter
 from device_app.sampler import Sampling
@@ -69,7 +69,9 @@ class PageAnswer:
         self._chat = chat
         self._watch = watch
         self._settings = msgspec.convert(chat.settings, Settings)
-        self._said: list[Line] = []
+        self._kept: list[StoredMessage] = []  # before the question, or with it where it is asked again
+        self._asked: list[StoredMessage] = []  # the question, where it is new
+        self._held = False  # whether the chat is still as it was before the question
         self._conversation: list[dict[str, Any]] = []
         self._text = ""
         self._stats = Stats()
@@ -79,19 +81,28 @@ class PageAnswer:
         self._work: asyncio.Task[None] | None = None
         self._answer: Answer | None = None
 
-    async def prepare(self, asked: Content | None, keep: int | None, title: str) -> None:
-        """Brings the history to where the answer begins. Raises ApiError where there is nothing to answer."""
+    async def prepare(self, asked: Content | None, keep: int | None) -> None:
+        """Takes the question in. Raises ApiError where there is none to answer.
+
+        A question that only adds to the chat is kept at once. One in whose place something was said before is kept
+        with the first word of its answer, so that a failure leaves the chat as it was.
+        """
         lines = await self._lines.of(self._chat.id)
-        kept = lines if keep is None else lines[:keep]
-        line: Line | None = None if asked is None else ("user", asked)
-        self._said = kept if line is None else [*kept, line]
-        if not self._said or self._said[-1][0] != "user":
+        self._kept = lines[:keep]
+        self._asked = [] if asked is None else [StoredMessage("user", asked, {}, time.time())]
+        said = self._said()
+        if not said or said[-1].role != "user":
             raise ApiError(400, "text: seen none, wanted a question", param="text")
-        self._conversation = _conversation(self._said)
+        self._conversation = _conversation(said)
         if self._settings.system and self._settings.system.strip():
             self._conversation.insert(0, {"role": "system", "content": self._settings.system})
-        cut, title = len(kept) < len(lines), "" if self._chat.title else title
-        self._notice(await self._lines.put(self._chat.id, kept, line, cut=cut, title=title))
+        cuts = len(self._kept) < len(lines)
+        self._held = cuts or bool(self._asked)
+        if not cuts:
+            await self._keep_question()
+
+    def _said(self) -> list[StoredMessage]:
+        return [*self._kept, *self._asked]
 
     def start(self, ended: Callable[[], object]) -> None:
         """Begins the answer; `ended` is called once it has ended and is kept."""
@@ -143,19 +154,22 @@ class PageAnswer:
 
     async def _run(self) -> None:
         """Makes the answer and keeps it, however it ends."""
+        await self._tried(self._make())
+        await self._tried(self._keep_answer())
+
+    async def _tried(self, work: Awaitable[None]) -> None:
+        """Waits for a part of the work, and takes down how it failed, if it did."""
         try:
-            await self._make()
+            await work
         except (asyncio.CancelledError, Cancelled):
             self._finish_reason = "cancelled"
         except ApiError as error:
             self._failed(error)
         except StipError as error:
             self._failed(api_error(error))
-        except Exception:
+        except Exception as error:
+            log_failure("an answer of the page", error)
             self._failed(ApiError(500, "the answer failed; the gateway's log says where"))
-            raise
-        finally:
-            await self._keep_answer()
 
     async def _make(self) -> None:
         ids = await asyncio.to_thread(self._ids)
@@ -168,7 +182,10 @@ class PageAnswer:
                 self._answer, self._stats = answer, answer.stats
                 try:
                     async for piece in lease.run(answer):
+                        if piece:
+                            await self._keep_question()
                         self._text += piece
+                    await self._keep_question()  # the answer may be empty
                 finally:
                     self._finish_reason = answer.finish_reason or ""
 
@@ -181,26 +198,34 @@ class PageAnswer:
         self._finish_reason = "error"
         self._notices.append({"kind": "error", "message": error.message, "again": error.retry_after is not None})
 
+    async def _keep_question(self) -> None:
+        """Brings the chat to where the answer begins, once."""
+        if self._held:
+            self._held = False
+            await self._put(self._kept, self._asked)
+
     async def _keep_answer(self) -> None:
-        if not self._text:
-            return
-        details = {"finish_reason": self._finish_reason, "figures": figures(self._stats)}
-        line = ("assistant", self._text)
-        self._notice(await self._lines.put(self._chat.id, self._said, line, details=details))
+        if self._text:
+            details = {"finish_reason": self._finish_reason, "figures": figures(self._stats)}
+            await self._put(self._said(), [StoredMessage("assistant", self._text, details, time.time())])
+
+    async def _put(self, before: Sequence[StoredMessage], new: Sequence[StoredMessage]) -> None:
+        title = title_of(self._said()[0].content)
+        self._notice(await self._lines.put(self._chat.id, before, new, title=title))
 
     def _notice(self, said: str | None) -> None:
         if said is not None:
             self._notices.append({"kind": "notice", "message": said})
 
 
-def _conversation(said: Sequence[Line]) -> list[dict[str, Any]]:
+def _conversation(said: Sequence[StoredMessage]) -> list[dict[str, Any]]:
     """Messages as the prompt takes them. A question that was never answered is one with the next."""
-    merged: list[Line] = []
-    for role, content in said:
-        if merged and merged[-1][0] == role:
-            merged[-1] = (role, joined(merged[-1][1], content))
+    merged: list[tuple[str, Content]] = []
+    for message in said:
+        if merged and merged[-1][0] == message.role:
+            merged[-1] = (message.role, joined(merged[-1][1], message.content))
         else:
-            merged.append((role, content))
+            merged.append((message.role, message.content))
     return [{"role": role, "content": with_files(content)} for role, content in merged]
 
 

@@ -19,7 +19,7 @@ from device_app.gateway.page_images import MOST_IMAGES, image_urls, with_files
 from device_app.gateway.page_lines import Lines
 from device_app.gateway.serving import Gateway, ServedModel
 from device_app.gateway.watching import Watch
-from device_app.history import Chat, StoredMessage, text_of, title_of
+from device_app.history import Chat, StoredMessage, text_of
 from device_app.markdown import render
 from shared.errors import HistoryError
 from shared.levels import limit
@@ -96,7 +96,7 @@ class PageApi:
     async def chat(self, request: Request) -> Response:
         """One chat with its messages, answers as HTML."""
         chat = await self._found(request)
-        messages = await asyncio.to_thread(self._history.messages, chat.id)
+        messages = await self._lines.of(chat.id)
         shown = await asyncio.to_thread(lambda: [_message(message) for message in messages])
         return json_response(_chat(chat) | {"messages": shown})
 
@@ -119,7 +119,7 @@ class PageApi:
     async def export(self, request: Request) -> Response:
         """One chat as JSON, to keep elsewhere."""
         chat = await self._found(request)
-        content = await asyncio.to_thread(self._history.export, chat.id)
+        content = {**vars(chat), "messages": [vars(message) for message in await self._lines.of(chat.id)]}
         text = json.dumps(content, ensure_ascii=False, indent=2)
         return Response(text.encode("utf-8", "replace"), media_type="application/json")
 
@@ -137,7 +137,7 @@ class PageApi:
         answer = PageAnswer(self._lines, served, chat, self._watch)
         self._running[chat.id] = answer
         try:
-            await answer.prepare(asked, wanted.keep, title_of(asked) if asked is not None else "")
+            await answer.prepare(asked, wanted.keep)
         except BaseException:
             del self._running[chat.id]
             raise

@@ -5,6 +5,7 @@ import { ChatList } from "./chats.js";
 import { askForKey, changedSettings } from "./dialogs.js";
 import { announce, byId, make, toast } from "./element.js";
 import { closeList, drawers } from "./drawers.js";
+import { Field } from "./field.js";
 import { Images } from "./images.js";
 import { HIDDEN, Panel } from "./panel.js";
 import { theme } from "./theme.js";
@@ -19,6 +20,7 @@ onKeyWanted(askForKey);
 
 const panel = new Panel();
 const images = new Images();
+const field = new Field(images, { send: (text, pictures) => send(text, pictures), busy: () => busy() });
 const thread = new Thread({ regenerate: () => answerAgain(), edit: (keep, text, pictures) => send(text, pictures, keep) });
 const list = new ChatList({
   open: (id) => go(id),
@@ -30,6 +32,11 @@ let models = [];
 let chat = null; // as the gateway has it; null: a new one that nothing was asked in
 let settings = {}; // of a chat that is not there yet
 let running = null; // the answer that is being made
+let starting = false; // a question is about to be sent
+let loading = true; // a chat is about to be shown
+let opened = 0; // times that a chat was opened: a reply for any but the last comes too late
+let left = null; // done once the gateway kept what there was of an answer that this page left
+let unsettled = null; // an answer after which the page may show another chat than the gateway has
 
 // What is open
 
@@ -42,21 +49,27 @@ function go(id) {
 /** Shows the chat that the address names. */
 async function show() {
   const id = new URLSearchParams(location.hash.slice(1)).get("chat");
+  const turn = ++opened;
   leave();
   panel.forget();
   closeList();
   let messages = [];
-  chat = null;
-  if (id) {
-    try {
-      ({ messages, ...chat } = await ask("GET", `/api/chats/${encodeURIComponent(id)}`));
-    } catch (error) {
+  let found = null;
+  chat = unsettled = null;
+  loading = true;
+  try {
+    await left;
+    if (id) ({ messages, ...found } = await ask("GET", `/api/chats/${encodeURIComponent(id)}`));
+  } catch (error) {
+    if (turn === opened) {
       toast(error.message);
       history.replaceState(null, "", location.pathname);
     }
   }
+  if (turn !== opened) return; // another chat was opened since
+  loading = false;
   thread.show(messages);
-  showTitle(chat);
+  showTitle(found);
   recall(messages);
   byId("question").focus();
 }
@@ -86,33 +99,53 @@ function modelOf() {
 
 // Asking
 
-/** Sends a question, in the place of message `keep` and all that follow it. */
+const busy = () => running !== null || starting || loading;
+
+/** Sends a question, in the place of message `keep` and all that follow it. Says whether it is on its way. */
 async function send(text, pictures, keep = null) {
-  if (running) return;
-  if (chat === null) {
-    const made = await attempt(() => ask("POST", "/api/chats", { model: modelOf()?.name, settings }));
-    if (!made) return;
-    history.pushState(null, "", `#chat=${made.id}`);
-    showTitle(made);
-  }
+  if (busy() || !(await ready())) return false;
   thread.dropUnkept();
   const kept = keep ?? thread.count;
+  const replaces = thread.count > kept;
   thread.cut(kept);
   thread.question(text, pictures);
-  await answer({ text, images: pictures, keep: kept });
+  answer({ text, images: pictures, keep: kept }, replaces);
+  return true;
 }
 
 /** Answers the last question once more. */
 async function answerAgain() {
-  if (running || chat === null) return;
+  if (busy() || chat === null) return;
+  const { text } = thread.lastQuestion();
+  if (!(await ready()) || thread.lastQuestion().text !== text) return;
+  thread.dropUnkept();
   const keep = thread.questions;
+  const replaces = thread.count > keep;
   thread.cut(keep);
-  await answer({ keep });
+  answer({ keep }, replaces);
 }
 
-/** Shows an answer as it comes. */
-async function answer(question) {
-  const run = (running = { chat: chat.id, leaving: new AbortController(), view: null, news: Date.now(), heard: "" });
+/** Sees to it that there is a chat, and that the page shows what the gateway has of it. Says whether that is so. */
+async function ready() {
+  const turn = opened;
+  starting = true;
+  try {
+    if (unsettled && !(await settle(unsettled))) return false;
+    if (chat === null) {
+      const made = await attempt(() => ask("POST", "/api/chats", { model: modelOf()?.name, settings }));
+      if (!made || turn !== opened) return false;
+      history.pushState(null, "", `#chat=${made.id}`);
+      showTitle(made);
+    }
+    return turn === opened;
+  } finally {
+    starting = false;
+  }
+}
+
+/** Shows an answer as it comes. replaces: whether something was said in the place of the question or its answer. */
+async function answer(question, replaces) {
+  const run = (running = { chat: chat.id, question, replaces, leaving: new AbortController(), view: null, news: Date.now(), heard: "" });
   const { text, pictures } = thread.lastQuestion();
   thread.offerAgain();
   thread.following = true;
@@ -123,10 +156,46 @@ async function answer(question) {
   announce("The answer is being made");
   try {
     for await (const event of events(`/api/chats/${run.chat}/answer`, question, run.leaving.signal)) take(event, run);
+    if (!run.ended) throw new Error();
   } catch (error) {
-    if (!run.left && !run.ended) run.view.trouble(error.message || "The connection to the gateway broke off.");
+    run.refused = error.status > 0;
+    if (!run.left && !run.ended) trouble(run, error.message || "The connection to the gateway broke off.");
   }
   if (!run.ended) end(run, "", {});
+  if (unsettled === run && !busy()) await settleNow(run);
+}
+
+function trouble(run, message) {
+  run.trouble = message;
+  run.view.trouble(message);
+}
+
+async function settleNow(run) {
+  starting = true;
+  await settle(run);
+  starting = false;
+}
+
+/** After an answer that broke off, or has no word though it was to take the place of others: shows the chat as the
+ * gateway has it, and gives the question back where it is not in there. Says whether it could. */
+async function settle(run) {
+  const turn = opened;
+  const path = `/api/chats/${run.chat}`;
+  const found = await attempt(async () => {
+    if (!run.refused) await ask("POST", `${path}/stop`); // done once what there is of the answer is kept
+    return ask("GET", path);
+  });
+  if (!found || turn !== opened) return false;
+  unsettled = null;
+  thread.show(found.messages);
+  if (run.trouble) thread.failed(run.trouble);
+  const { text, images: pictures, keep } = run.question;
+  const there = found.messages[keep];
+  if (text !== undefined && there?.text.trim() !== text.trim()) {
+    if (run.replaces && there?.role === "user") thread.editAgain(keep, text);
+    else field.giveBack(text, pictures);
+  }
+  return true;
 }
 
 function take(event, run) {
@@ -135,7 +204,7 @@ function take(event, run) {
   else if (event.kind === "figures") heard(event.figures, run);
   else if (event.kind === "wire") panel.wire(event);
   else if (event.kind === "notice") toast(event.message);
-  else if (event.kind === "error") run.view.trouble(event.message);
+  else if (event.kind === "error") trouble(run, event.message);
   else if (event.kind === "done") {
     panel.figures(event.figures);
     end(run, event.text, event);
@@ -162,6 +231,7 @@ function end(run, text, details) {
   run.view?.end(text, details);
   if (running !== run) return;
   running = null;
+  if (!text && (run.replaces || !details.finish_reason)) unsettled = run;
   panel.end();
   thread.offerAgain();
   showRunning();
@@ -171,8 +241,10 @@ function end(run, text, details) {
 /** Another chat is opened: what was being made ends, and the gateway keeps what there is of it. */
 function leave() {
   if (!running) return;
+  const { chat } = running;
   running.left = true;
   running.leaving.abort();
+  left = attempt(() => ask("POST", `/api/chats/${chat}/stop`));
   running = null;
   showRunning();
 }
@@ -181,7 +253,7 @@ function showRunning() {
   byId("stop").hidden = running === null;
   byId("send").hidden = running !== null;
   byId("waiting").hidden = true;
-  showSendable();
+  field.showSendable();
   if (document.activeElement === document.body) byId("question").focus();
 }
 
@@ -205,41 +277,6 @@ async function refreshList() {
   if (shown && shown.title !== chat.title) showTitle({ ...chat, title: shown.title });
 }
 
-// The field
-
-const field = byId("question");
-
-function showSendable() {
-  byId("send").disabled = !field.value.trim() && images.urls.length === 0;
-}
-
-function fit() {
-  field.style.height = "auto";
-  field.style.height = `${field.scrollHeight}px`;
-  showSendable();
-}
-
-function submit() {
-  if (running || byId("send").disabled) return;
-  const text = field.value;
-  field.value = "";
-  const pictures = images.take();
-  fit();
-  send(text, pictures);
-}
-
-field.addEventListener("input", fit);
-field.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-    event.preventDefault();
-    submit();
-  }
-});
-byId("thumbs").addEventListener("change", showSendable);
-byId("composer").addEventListener("submit", (event) => {
-  event.preventDefault();
-  submit();
-});
 byId("stop").addEventListener("click", stop);
 for (const idea of IDEAS) {
   byId("ideas").append(make("button", { type: "button", onclick: () => send(idea, []) }, idea));
@@ -261,7 +298,6 @@ byId("model").addEventListener("change", () => showTitle(null));
 
 drawers(() => panel.draw());
 theme(() => panel.draw());
-fit();
 const info = await attempt(() => ask("GET", "/api/info"));
 if (info) {
   models = info.models;

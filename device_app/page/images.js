@@ -64,6 +64,12 @@ export class Images {
     return urls;
   }
 
+  /** Takes images back that were not sent. */
+  giveBack(urls) {
+    if (this.taken) this.urls.unshift(...urls);
+    this.show();
+  }
+
   show() {
     const thumbs = byId("thumbs");
     thumbs.hidden = this.urls.length === 0;

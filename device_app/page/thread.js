@@ -97,6 +97,13 @@ export class Thread {
     return message;
   }
 
+  /** Offers a question for changing, with `text` as it was changed already. */
+  editAgain(number, text) {
+    const message = this.messages.children[number];
+    message.querySelector('[aria-label="Edit this question"]').click();
+    message.querySelector("textarea").value = text;
+  }
+
   /** Turns a question into a field. */
   editing(message, text, images) {
     const before = [...message.childNodes];
@@ -137,6 +144,14 @@ export class Thread {
     this.messages.append(answer.element);
     this.welcome();
     return answer;
+  }
+
+  /** Says at the end what went wrong with an answer. */
+  failed(message) {
+    const answer = this.answer();
+    answer.trouble(message);
+    answer.end("", { finish_reason: "error" });
+    this.offerAgain();
   }
 
   /** Only the last answer can be made again. */
@@ -195,6 +210,11 @@ class AnswerView {
     const ending = { cancelled: "Stopped", length: "Cut at the most tokens", error: "Broken off" }[details.finish_reason];
     this.element.classList.toggle("stored", Boolean(text));
     this.actions.replaceChildren();
+    const dropped = details.figures?.dropped_turns;
+    if (dropped) {
+      const what = dropped === 1 ? "the oldest turn was" : `the oldest ${dropped} turns were`;
+      this.actions.before(make("p", { className: "left-out" }, `The context is full: ${what} left out.`));
+    }
     if (text) this.actions.append(button("copy", "Copy", () => copy(text)));
     const said = [ending, details.figures && text && brief(details.figures)].filter(Boolean).join(" · ");
     if (said) this.actions.append(make("span", { className: "brief" }, said));

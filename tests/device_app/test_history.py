@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from device_app import history as history_module
-from device_app.history import SCHEMA, History, title_of
+from device_app.history import SCHEMA, History, StoredMessage, title_of
 from shared.errors import HistoryError
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,c2VjcmV0"}}
@@ -91,6 +91,29 @@ def test_cutting_keeps_the_first_messages_and_new_ones_follow_them(history: Hist
     assert [message.content for message in history.messages(chat.id)] == ["a", "d"]
 
 
+def test_a_replacement_that_the_disk_refuses_changes_nothing(history: History) -> None:
+    chat = history.new(model="m")
+    kept = [history.append(chat.id, "user", text) for text in ("a", "b")]
+    replacement = [StoredMessage("user", "c", {}, 0.0), StoredMessage("assistant", "d", {"tokens": 1}, 1.0)]
+    history._connection.execute(
+        "CREATE TEMP TRIGGER full BEFORE INSERT ON messages WHEN NEW.role = 'assistant' "
+        "BEGIN SELECT RAISE(FAIL, 'database or disk is full'); END"
+    )
+    with pytest.raises(HistoryError, match="full"):
+        history.replace(chat.id, 0, replacement, title="c")
+    assert (history.messages(chat.id), history.chat(chat.id).title) == (kept, "")
+
+    history._connection.execute("DROP TRIGGER full")
+    history.replace(chat.id, 1, replacement, title="c")
+    assert (history.messages(chat.id), history.chat(chat.id).title) == ([kept[0], *replacement], "c")
+
+
+def test_a_title_that_a_chat_has_stays(history: History) -> None:
+    chat = history.new(model="m", title="mine")
+    history.replace(chat.id, 0, [], title="another")
+    assert history.chat(chat.id).title == "mine"
+
+
 def test_a_search_finds_titles_and_texts_in_any_case_and_no_image(history: History) -> None:
     by_title = history.new(model="m", title="Straße in Öl")
     by_text = history.new(model="m", title="other")
@@ -108,14 +131,6 @@ def test_the_chat_that_was_changed_last_comes_first(history: History) -> None:
     assert [chat.id for chat in history.chats()] == [first.id, second.id]
 
 
-def test_an_export_is_plain_json(history: History) -> None:
-    chat = history.new(model="m", title="t")
-    history.append(chat.id, "user", [IMAGE])
-    exported = history.export(chat.id)
-    assert (exported["id"], exported["title"]) == (chat.id, "t")
-    assert [(message["role"], message["content"]) for message in exported["messages"]] == [("user", [IMAGE])]
-
-
 def test_half_a_surrogate_pair_is_kept(history: History) -> None:
     chat = history.new(model="m", title="\ud83c")
     history.append(chat.id, "user", "\ud83c")
@@ -124,7 +139,7 @@ def test_half_a_surrogate_pair_is_kept(history: History) -> None:
 
 
 def test_a_chat_that_is_not_there_is_named_by_the_error(history: History) -> None:
-    for missing in (history.chat, history.messages, history.delete, history.export):
+    for missing in (history.chat, history.messages, history.delete):
         with pytest.raises(HistoryError, match="chat: it is not there"):
             missing("0" * 32)
     with pytest.raises(HistoryError, match="not there"):

@@ -123,6 +123,21 @@ def test_a_table_is_aligned_without_a_style() -> None:
     assert '<th class="right">a</th>' in html("| a |\n|--:|\n| b |")
 
 
+@pytest.mark.parametrize(
+    ("columns", "rows", "copies"), [(1000, 1000, 1), (50, 1000, 1), (10, 100, 30), (3, 4, 100)], ids=str
+)
+def test_the_html_of_a_table_grows_with_its_text_alone(columns: int, rows: int, copies: int) -> None:
+    text = ("|a" * columns + "\n" + "|:-:" * columns + "\n" + "|\n" * rows + "\n") * copies
+
+    assert len(html(text)) < 25 * len(text)
+
+
+def test_a_table_with_cells_left_out_is_filled_up() -> None:
+    shown = html("before\n| name | price |\n|:---|---:|\n| a |\n| b | 2 |\n\n- | c | d |\n  |---|---|\n  | 3 |")
+
+    assert (shown.count("<table>"), shown.count("<td"), shown.count("<p>")) == (2, 6, 1)
+
+
 def test_headings_come_below_those_of_the_page() -> None:
     assert html("# a") == '<h3 class="level-1">a</h3>\n'
 

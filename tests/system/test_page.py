@@ -181,6 +181,38 @@ def test_a_cloud_that_is_not_there_is_named_and_the_question_kept(tiny: Path) ->
         play("gone", gateway)
 
 
+def test_a_question_that_cannot_be_sent_stays_in_the_field(tiny_gateway: RunningGateway) -> None:
+    play("unsent", tiny_gateway)
+
+
+def test_a_chat_that_comes_late_does_not_take_the_place_of_the_one_that_is_open(tiny_gateway: RunningGateway) -> None:
+    first, second = stored(tiny_gateway, "First", "A lighthouse."), stored(tiny_gateway, "Second", "A storm.")
+
+    play("late", tiny_gateway, first=first, second=second)
+
+
+def test_an_edit_that_fails_leaves_the_chat_and_can_be_sent_again(tiny: Path) -> None:
+    with run_gateway(tiny) as gateway:
+        chat = stored(gateway, "First", "A lighthouse.")
+        gateway.gateway.history.append(chat, "user", "Second")
+        gateway.gateway.history.append(chat, "assistant", "A storm.")
+
+        play("refused", gateway, chat=chat)
+
+
+def test_what_is_kept_of_an_answer_whose_stream_broke_stays(tiny_gateway: RunningGateway) -> None:
+    play("broken", tiny_gateway)
+
+    history = tiny_gateway.gateway.history
+    assert [message.role for message in history.messages(history.chats()[0].id)] == ["user", "assistant"] * 2
+
+
+def test_turns_that_no_longer_fit_are_told_of(tiny_gateway: RunningGateway) -> None:
+    words = "the cat sat on the mat " * 25
+
+    play("full", tiny_gateway, chat=stored(tiny_gateway, words, words, title="Cats"))
+
+
 def test_an_answer_goes_on_when_the_cloud_comes_back(smollm2: Path) -> None:
     with (
         run_cloud_process(smollm2 / "cloud") as (url, cloud),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import base64
+import gc
 import http.client
 import json
+import re
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shared.errors import HistoryError
+from device_app.prompt import Prompter
 from tests.conftest import RunningCloud, run_cloud
 from tests.device_app.gateway.gateways import KEY, RunningGateway, run_gateway
 from tests.processes import eventually
@@ -183,21 +186,88 @@ def test_a_cloud_that_is_not_there_is_an_event_and_the_question_is_kept(tiny: Pa
         assert messages(gateway, chat) == [("user", QUESTION)]
 
 
-def test_a_disk_that_keeps_nothing_is_said_and_the_chat_goes_on(
-    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("question", [{"keep": 1}, {"keep": 0, "text": "sun"}], ids=["answered again", "edited"])
+def test_a_question_that_fails_leaves_the_chat_as_it_was(tiny: Path, question: dict[str, Any]) -> None:
+    with run_gateway(tiny) as gateway:
+        chat = new_chat(gateway)
+        said = [("user", QUESTION), ("assistant", "It did."), ("user", "rain"), ("assistant", "No.")]
+        for role, text in said:
+            gateway.gateway.history.append(chat, role, text)
+
+        assert last(answer(gateway, chat, **question), "done")["finish_reason"] == "error"
+        assert messages(gateway, chat) == said
+
+
+def test_an_edit_that_is_too_long_leaves_the_chat_as_it_was(gateway: RunningGateway) -> None:
     chat = new_chat(gateway)
+    first = answer(gateway, chat, text=QUESTION)
 
-    def full(*_: object, **__: object) -> None:
-        raise HistoryError("history: database or disk is full", hint="free some space")
+    assert "the last turn alone" in last(answer(gateway, chat, text=QUESTION * 1000, keep=0), "error")["message"]
+    assert messages(gateway, chat) == [("user", QUESTION), ("assistant", text_of(first))]
 
-    monkeypatch.setattr(gateway.gateway.history, "append", full)
-    events = answer(gateway, chat, text=QUESTION)
 
-    assert "disk is full" in next(event for event in events if event["kind"] == "notice")["message"]
+@contextmanager
+def full_disk(gateway: RunningGateway) -> Iterator[None]:
+    """Nothing can be added to the history meanwhile; SQLite says what it says of a full disk."""
+    connection = gateway.gateway.history._connection
+    connection.execute(
+        "CREATE TEMP TRIGGER full BEFORE INSERT ON messages BEGIN SELECT RAISE(FAIL, 'database or disk is full'); END"
+    )
+    yield
+    connection.execute("DROP TRIGGER full")
+
+
+def test_a_disk_that_keeps_nothing_is_said_and_the_chat_goes_on(gateway: RunningGateway) -> None:
+    chat = new_chat(gateway)
+    with full_disk(gateway):
+        first = answer(gateway, chat, text=QUESTION)
+        said = [("user", QUESTION), ("assistant", text_of(first))]
+
+        assert "disk is full" in next(event for event in first if event["kind"] == "notice")["message"]
+        assert messages(gateway, chat) == said
+        exported = call(gateway, "GET", f"/api/chats/{chat}/export")[1]["messages"]
+        assert [(message["role"], message["content"]) for message in exported] == said
+        assert gateway.gateway.history.messages(chat) == []
+
+
+def test_what_a_full_disk_refused_is_kept_once_there_is_space(gateway: RunningGateway) -> None:
+    chat = new_chat(gateway)
+    with full_disk(gateway):
+        answer(gateway, chat, text=QUESTION)
     following = answer(gateway, chat, text="rain")
-    assert QUESTION in last(following, "wire")["text"]
-    assert messages(gateway, chat) == []
+
+    assert [event for event in following if event["kind"] == "notice"] == []
+    kept = gateway.gateway.history.messages(chat)
+    assert [(message.role, message.content) for message in kept] == messages(gateway, chat)
+    assert [message.role for message in kept] == ["user", "assistant"] * 2
+    assert kept[1].details["figures"]["tokens"] > 0
+    assert gateway.gateway.history.chat(chat).title == QUESTION
+
+
+def test_an_edit_that_the_disk_refuses_leaves_what_is_kept_as_it_was(gateway: RunningGateway) -> None:
+    chat = new_chat(gateway)
+    answer(gateway, chat, text=QUESTION)
+    before = gateway.gateway.history.messages(chat)
+
+    with full_disk(gateway):
+        answer(gateway, chat, text="sun", keep=0)
+
+    assert gateway.gateway.history.messages(chat) == before
+
+
+def test_an_error_that_nobody_foresaw_is_logged_without_its_text(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError(QUESTION)
+
+    monkeypatch.setattr(Prompter, "turns", fail)
+    events = answer(gateway, new_chat(gateway), text=QUESTION)
+    gc.collect()  # asyncio tells of an error that nobody took, once its task is gone
+
+    assert "log says where" in last(events, "error")["message"]
+    assert re.fullmatch(r"an answer of the page failed: RuntimeError at test_page_api\.py:\d+", caplog.messages[-1])
+    assert QUESTION not in caplog.text
 
 
 def test_a_question_that_was_never_answered_goes_with_the_next(gateway: RunningGateway) -> None:

@@ -15,6 +15,7 @@ from starlette.routing import Route
 from device_app.gateway.errors import ApiError, json_response
 from device_app.gateway.openai_types import read
 from device_app.gateway.page_answer import PageAnswer, Settings
+from device_app.gateway.page_chats import Chats
 from device_app.gateway.page_images import MOST_IMAGES, image_urls, with_files
 from device_app.gateway.page_lines import Lines
 from device_app.gateway.serving import Gateway, ServedModel
@@ -59,19 +60,19 @@ class PageApi:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._history = gateway.history
-        self._lines = Lines(gateway.history)
+        self._chats = Chats(gateway.history)
+        self._lines = Lines(self._chats)
         self._watch = Watch(gateway)
         self._running: dict[str, PageAnswer] = {}
 
     async def info(self, request: Request) -> Response:
         """What is served, and what holds for it."""
         models = [_model(served) for served in self._gateway.models.values() if _chats(served)]
-        return json_response({"models": models, "history_kept": self._history.kept})
+        return json_response({"models": models, "history_kept": self._gateway.history.kept})
 
     async def chats(self, request: Request) -> Response:
         """The list, searched."""
-        found = await asyncio.to_thread(self._history.chats, request.query_params.get("search", ""))
+        found = await asyncio.to_thread(self._chats.search, request.query_params.get("search", ""))
         return json_response([_chat(chat) for chat in found])
 
     async def new(self, request: Request) -> Response:
@@ -82,14 +83,14 @@ class PageApi:
             raise ApiError(404, "model: none that is served can chat", param="model", code="model_not_found")
         served = self._gateway.model(wanted.model or names[0])
         settings = msgspec.to_builtins(wanted.settings or Settings())
-        chat = await asyncio.to_thread(lambda: self._history.new(model=served.name, settings=settings))
+        chat = await asyncio.to_thread(lambda: self._chats.new(model=served.name, settings=settings))
         return json_response(_chat(chat), status=201)
 
     async def delete_all(self, request: Request) -> Response:
         """Forgets everything."""
         for running in list(self._running.values()):
             await running.stop()
-        await asyncio.to_thread(self._history.delete_all)
+        await asyncio.to_thread(self._chats.delete_all)
         self._lines.forget(None)
         return Response(status_code=204)
 
@@ -104,7 +105,8 @@ class PageApi:
         """Another title, other settings."""
         chat, wanted = await self._found(request), await read(request, Change)
         settings = None if wanted.settings is None else msgspec.to_builtins(wanted.settings)
-        changed = await asyncio.to_thread(lambda: self._history.change(chat.id, title=wanted.title, settings=settings))
+        history = self._chats.of(chat.id)
+        changed = await asyncio.to_thread(lambda: history.change(chat.id, title=wanted.title, settings=settings))
         return json_response(_chat(changed))
 
     async def delete(self, request: Request) -> Response:
@@ -112,7 +114,7 @@ class PageApi:
         chat = await self._found(request)
         if (running := self._running.get(chat.id)) is not None:
             await running.stop()
-        await asyncio.to_thread(self._history.delete, chat.id)
+        await asyncio.to_thread(self._chats.of(chat.id).delete, chat.id)
         self._lines.forget(chat.id)
         return Response(status_code=204)
 
@@ -152,7 +154,8 @@ class PageApi:
 
     async def _found(self, request: Request) -> Chat:
         try:
-            return await asyncio.to_thread(self._history.chat, request.path_params["id"])
+            chat_id = request.path_params["id"]
+            return await asyncio.to_thread(self._chats.of(chat_id).chat, chat_id)
         except HistoryError as error:
             if str(error).startswith("chat"):
                 raise ApiError(404, str(error), code="chat_not_found") from None

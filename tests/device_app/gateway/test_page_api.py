@@ -210,11 +210,14 @@ def test_an_edit_that_is_too_long_leaves_the_chat_as_it_was(gateway: RunningGate
 def full_disk(gateway: RunningGateway) -> Iterator[None]:
     """Nothing can be added to the history meanwhile; SQLite says what it says of a full disk."""
     connection = gateway.gateway.history._connection
-    connection.execute(
-        "CREATE TEMP TRIGGER full BEFORE INSERT ON messages BEGIN SELECT RAISE(FAIL, 'database or disk is full'); END"
-    )
+    for table in ("chats", "messages"):
+        connection.execute(
+            f"CREATE TEMP TRIGGER full_{table} BEFORE INSERT ON {table} "
+            "BEGIN SELECT RAISE(FAIL, 'database or disk is full'); END"
+        )
     yield
-    connection.execute("DROP TRIGGER full")
+    for table in ("chats", "messages"):
+        connection.execute(f"DROP TRIGGER full_{table}")
 
 
 def test_a_disk_that_keeps_nothing_is_said_and_the_chat_goes_on(gateway: RunningGateway) -> None:
@@ -228,6 +231,21 @@ def test_a_disk_that_keeps_nothing_is_said_and_the_chat_goes_on(gateway: Running
         exported = call(gateway, "GET", f"/api/chats/{chat}/export")[1]["messages"]
         assert [(message["role"], message["content"]) for message in exported] == said
         assert gateway.gateway.history.messages(chat) == []
+
+
+def test_on_a_full_disk_a_new_chat_begins_in_memory(gateway: RunningGateway) -> None:
+    kept = new_chat(gateway)
+    with full_disk(gateway):
+        chat = new_chat(gateway)
+        first = answer(gateway, chat, text=QUESTION)
+        answer(gateway, chat, text="rain")
+
+    assert "disk is full" in next(event for event in first if event["kind"] == "notice")["message"]
+    assert [role for role, _ in messages(gateway, chat)] == ["user", "assistant"] * 2
+    assert {one["id"] for one in call(gateway, "GET", "/api/chats")[1]} == {kept, chat}
+    assert call(gateway, "GET", "/api/chats?search=cat%20sat")[1][0]["id"] == chat
+    assert call(gateway, "DELETE", f"/api/chats/{chat}")[0] == 204
+    assert [one["id"] for one in call(gateway, "GET", "/api/chats")[1]] == [kept]
 
 
 def test_what_a_full_disk_refused_is_kept_once_there_is_space(gateway: RunningGateway) -> None:

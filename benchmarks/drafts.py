@@ -46,9 +46,9 @@ class Size:
     """How much is measured."""
 
     round_trips: tuple[int, ...] = (0, 10, 50, 250)  # ms
-    prompts: int = 8  # of each set
-    fewer_prompts: int = 5  # where a round trip takes 100 ms or more, and sampled
-    tokens: int = 72
+    prompts: int = 6  # of each set
+    fewer_prompts: int = 4  # where a round trip takes 100 ms or more, and sampled
+    tokens: int = 112
     sampled_at: int = 50  # ms
     repeats: int = 2  # at the shortest round trip, where the ratio is nearest 1
     identical_prompts: int = 40

@@ -195,8 +195,6 @@ class Connection(Generic[S]):
                 self._on_frame("down", frame)
                 self._end_farewell(self._socket)
                 self.session.receive(frame)
-                if self.session.farewell is not None:
-                    self._socket.close(GOING_AWAY)  # nothing comes after it, even if the cloud stays
                 self._was_open = self._was_open or self.session.opened is not None
             except (ConnectionClosed, OSError, InvalidHandshake, InvalidMessage, TimeoutError) as error:
                 reason = self._reason(error)

@@ -93,10 +93,10 @@ def test_a_conversation_that_goes_on_sends_its_new_part_alone(smollm: OpenAI) ->
     second = smollm.chat.completions.create(model="smollm2", messages=more, temperature=0, max_tokens=20)
     assert first.usage is not None and second.usage is not None
     assert second.usage.prompt_tokens_details is not None
-    # All of the first turn but for its end: whether that was appended depends on the drafts.
+    # All of the first turn but for its end: whether that was appended, and guesses behind it, depends on the drafts.
     held = first.usage.prompt_tokens + first.usage.completion_tokens - 1
     cached = second.usage.prompt_tokens_details.cached_tokens
-    assert cached is not None and held - 1 <= cached <= held + 1
+    assert cached is not None and held - 1 <= cached < second.usage.prompt_tokens
     figures = second.model_extra["stip"]  # type: ignore[index]
     sent = figures["vectors_up"] - figures["drafted"]
     assert sent <= second.usage.prompt_tokens - cached + second.usage.completion_tokens + 1

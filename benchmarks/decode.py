@@ -2,7 +2,7 @@
 
 (a) unprotected, in process: STIP's engine fed plain weights and ids
 (b) full cloud: the unprotected model behind the same kind of server, ids up, sampling in the cloud, ids streamed down
-(c) STIP over the websocket
+(c) STIP over the websocket, without drafts: a token a round trip
 (d) transformers' generate()
 
 and behind the table, of several devices (see `together`) and of one:
@@ -40,6 +40,7 @@ from device_app.assistant import Assistant
 from device_app.bundle import Bundle
 from device_app.connection import Address
 from device_app.counters import Counters
+from device_app.drafting import NO_DRAFTS
 from device_app.sampler import Sampler, Sampling
 from examples.smollm2 import smollm2_gguf
 
@@ -146,10 +147,10 @@ def full_cloud(port: str, prompt: list[int], tokens: int) -> list[float]:
 
 
 class Stip:
-    """(c): text in, text out."""
+    """(c): text in, text out, a token a round trip."""
 
     def __init__(self, bundle: Bundle, url: str, tokens: int) -> None:
-        self._assistant = Assistant(bundle, Address(url))
+        self._assistant = Assistant(bundle, Address(url), drafting=NO_DRAFTS)
         self._tokens = tokens
         self.counters = Counters()  # of the last answer
 

@@ -15,6 +15,7 @@ from benchmarks.timelines import Timeline
 from device_app.assistant import Assistant
 from device_app.bundle import Bundle
 from device_app.connection import Address
+from device_app.drafting import NO_DRAFTS
 from device_app.prompt import Message
 from device_app.sampler import Sampling
 from device_app.tokenizer import Detokenizer, Tokenizer
@@ -57,6 +58,7 @@ class Device:
             token=os.environ.get("STIP_TOKEN"),
             on_lost=self._lost,
             on_frame=self._travelled,
+            drafting=NO_DRAFTS,  # what the cloud does for a token is measured
         )
 
     def warm_up(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import numpy as np
@@ -18,6 +20,7 @@ RandomBytes = Callable[[int], bytes]
 Head = Literal["cloud", "device"]  # where the classifier runs
 Read = Callable[[str], torch.Tensor]  # a tensor of the original, by name
 SchemeName = Literal["permutation", "rotation"]
+EXACT_BITS = 62  # up to here orders are counted exactly; of more, one less is no difference
 
 
 class Secret(Protocol):
@@ -136,14 +139,48 @@ def key_of(key_id: str, secret: Callable[[str], Array], secrets: Mapping[str, Se
     )
 
 
-def random_permutation(size: int, random_bytes: RandomBytes = os.urandom, *, moves: bool = False) -> Index:
+def random_permutation(
+    size: int, random_bytes: RandomBytes = os.urandom, *, levels: tuple[int, ...] = (), moves: bool = False
+) -> Index:
     """A uniformly random order of `size` things: sorts random 64-bit keys, and draws again should two be equal.
 
+    levels: sizes of nested blocks, the largest first, each a divisor of the one before: whole blocks change places,
+        and within each of them the next smaller ones, so that every block stays together.
     moves: draw among the orders that leave not everything where it was, where there is another.
     """
     while True:
-        keys = np.frombuffer(random_bytes(8 * size), np.uint64)
+        order = np.zeros(1, np.int64)
+        for parts in _parts(size, levels):
+            inside = _random_orders(len(order), parts, random_bytes)
+            order = (order[:, None] * parts + inside).reshape(-1)
+        if not (moves and size > 1 and bool((np.diff(order) == 1).all())):
+            return order
+
+
+def log2_orders(size: int, levels: tuple[int, ...] = (), *, moves: bool = False) -> float:
+    """log₂ of the number of orders that `random_permutation` draws among."""
+    orders, exact, blocks = 0.0, 1, 1
+    for parts in _parts(size, levels):
+        orders += blocks * math.lgamma(parts + 1) / math.log(2)
+        if orders < EXACT_BITS:
+            exact *= math.factorial(parts) ** blocks
+        blocks *= parts
+    if moves and size > 1 and orders < EXACT_BITS:
+        return math.log2(exact - 1)
+    return orders
+
+
+def _parts(size: int, levels: tuple[int, ...]) -> list[int]:
+    """How many parts each block of a level has, from the whole down to single things."""
+    sizes = (size, *levels, 1)
+    assert all(larger % smaller == 0 for larger, smaller in pairwise(sizes)), sizes
+    return [larger // smaller for larger, smaller in pairwise(sizes)]
+
+
+def _random_orders(count: int, size: int, random_bytes: RandomBytes) -> Index:
+    """Independent orders [count, size]."""
+    while True:
+        keys = np.frombuffer(random_bytes(8 * count * size), np.uint64).reshape(count, size)
         order = np.argsort(keys)
-        stays = moves and size > 1 and bool((np.diff(order) == 1).all())
-        if np.all(np.diff(keys[order]) > 0) and not stays:
+        if np.all(np.diff(np.take_along_axis(keys, order, 1)) > 0):
             return order.astype(np.int64)

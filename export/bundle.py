@@ -17,9 +17,13 @@ import msgspec
 import torch
 
 from export.check import Check, check_equivalence
-from export.cloud_half import plan_cloud, used_structures, write_cloud
+from export.cloud_half import plan_cloud, unmoved, used_structures, write_cloud, write_config
 from export.device_half import write_device
 from export.families import Family, family_of
+from export.gguf_half import GgufName, plan_gguf
+from export.gguf_writing import write_gguf_half
+from export.original import original
+from export.permutation import Permutation
 from export.progress import bar
 from export.scheme import Head, SchemeName
 from export.schemes import draw
@@ -50,7 +54,9 @@ class Report:
     head: Head
     streams: Mapping[str, str]  # what hides each residual stream
     dtype: FloatName
+    quantisation: str | None  # what matrices of a GGUF file are stored as; None for safetensors
     log2_keys: float | None  # None where the secrets are not countable
+    log2_keys_free: float | None  # what it would be without the blocks of quantised values; None where there are none
     tokenizer: str
     tokenizer_proof: str
     check: Check
@@ -67,6 +73,7 @@ def export_model(
     head: Head = "cloud",
     dtype: FloatName | Literal["auto"] = "auto",
     name: str | None = None,
+    gguf: GgufName | None = None,
     shard_bytes: int = 2 * 2**30,
     drafts: Drafts = "table",
     seed: int | None = None,
@@ -75,6 +82,7 @@ def export_model(
 
     head: where the classifier runs. On the device it must be tied, as devices hold the embedding table alone.
     dtype: of the stored weights; auto keeps the source's, or float32 where it is mixed or quantised.
+    gguf: stores the cloud's weights as a GGUF file of this type, for llama.cpp; `dtype` is then of devices alone.
     name: what devices ask for; by default `model-` and part of the key id, as the cloud need not know more.
     drafts: whether devices of a decoder get a table of likely successors to draft from.
     seed: for tests alone; the output then says that it is not for use.
@@ -90,10 +98,12 @@ def export_model(
     structures = family.spaces(source.config)
     plan = plan_cloud(source, family, head)
     random_bytes = os.urandom if seed is None else random.Random(seed).randbytes
-    drawn = draw(scheme, used_structures(structures, plan), random_bytes)
+    key_id = new_key_id()
+    made = None if gguf is None else plan_gguf(source, family, plan, gguf, scheme, key_id)
+    drawn = draw(scheme, used_structures(structures, plan), random_bytes, None if made is None else made.blocks(plan))
     stored = source.dtype if dtype == "auto" else DTYPES[dtype]
     dtype_name = next(known for known, kind in DTYPES.items() if kind is stored)
-    key_id = new_key_id()
+    weights: dict[str, Any] = {} if made is None else {"weights": "gguf", "quantisation": made.quantisation}
     common: dict[str, Any] = {
         "kind": family.kind,
         "key_id": key_id,
@@ -106,10 +116,16 @@ def export_model(
         cloud, device = folder / "cloud", folder / "device"
         cloud.mkdir()
         device.mkdir(mode=0o700)
-        unmoved = write_cloud(source, family, drawn, plan, stored, cloud, key_id, shard_bytes)
-        write_manifest(CloudManifest(**common, files=_entries(cloud), absent=plan.absent), cloud)
+        if made is None:
+            write_cloud(source, family, drawn, plan, stored, cloud, key_id, shard_bytes)
+            rounding, read = stored, original(source, family, stored)
+        else:
+            write_gguf_half(source, drawn, plan, made, cloud)
+            write_config(source.config, family, plan, stored, cloud)
+            rounding, read = made.dtype, made.original(source, family, stored)
+        write_manifest(CloudManifest(**common, **weights, files=_entries(cloud), absent=plan.absent), cloud)
         half = write_device(source, family, drawn, stored, device, key_id, head)
-        check = check_equivalence(source, family, drawn, stored, cloud, device, half.samples, head)
+        check = check_equivalence(source, family, drawn, rounding, cloud, device, half.samples, head, read)
         if drafts == "table" and family.kind in ("decoder", "vision-decoder"):
             before, banned = half.described["prefix_ids"], half.described["banned_ids"]
             write_successors(source, family, stored, device, before, banned)
@@ -120,15 +136,21 @@ def export_model(
             family=family.name,
             head=head,
             streams=manifest.streams,
-            log2_keys=None if drawn.log2_keys is None else round(drawn.log2_keys, 1),
+            quantisation=weights.get("quantisation"),
+            log2_keys=_tenths(drawn.log2_keys),
+            log2_keys_free=_tenths(drawn.log2_keys_free) if isinstance(drawn, Permutation) else None,
             tokenizer=manifest.tokenizer,
             tokenizer_proof=manifest.tokenizer_proof,
             check=check,
-            unmoved=unmoved,
+            unmoved=unmoved(drawn, plan),
             seconds=round(time.monotonic() - started, 1),
         )
         (folder / "export.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     return report
+
+
+def _tenths(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
 
 
 def _check_tied(model: str, source: Source, family: Family) -> None:

@@ -1,7 +1,7 @@
 """The equivalence check that ends every export (STIP theorem 1, tried on what was written).
 
 The original model reads ids and pixels, and its own weights. The transformed one is what the two folders hold:
-embedding.onnx, image.onnx, key.safetensors, the cloud's shards, and classifier.onnx where the classifier is on the
+embedding.onnx, image.onnx, key.safetensors, the cloud's weights, and classifier.onnx where the classifier is on the
 device. Both run layer by layer in float32 from weights in the exported dtype, so the figures show what the
 transformation costs and nothing else.
 
@@ -21,13 +21,13 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from export.classifier import CLASSIFIER
+from export.cloud_weights import cloud_weights
 from export.embedding import IMAGE
-from export.families import Family
+from export.families import Family, Read
 from export.original import folded_gain, has_pooler, original
 from export.outputs import Sent, from_sent, hidden_from_sent, plain
 from export.samples import IMAGE_AT, Samples
 from export.scheme import Head, Scheme
-from export.shards import Shards
 from export.source import Source
 from export.spaces import Dropped, OnDevice
 from export.streaming import streamed
@@ -64,16 +64,22 @@ def check_equivalence(
     device: Path,
     samples: Samples,
     head: Head = "cloud",
+    stored: Read | None = None,
 ) -> Check:
-    """Compares both models on `samples`. Raises EquivalenceError beyond the tolerance."""
+    """Compares both models on `samples`. Raises EquivalenceError beyond the tolerance.
+
+    dtype: in which new values are rounded. stored: reads the original with the values that the export stores; by
+    default they are rounded to `dtype`.
+    """
+    stored = stored or original(source, family, dtype)
     try:
-        return _check_once(source, family, scheme, dtype, cloud, device, samples, head)
+        return _check_once(source, family, scheme, dtype, cloud, device, samples, head, stored)
     except EquivalenceError:
         if not family.routes or samples.ids is None:
             raise
     # A router may have met two experts that are equally good but for rounding; other texts will not all do so.
     other = replace(samples, ids=np.roll(samples.ids, 1, axis=1)[:, ::-1].copy())
-    return _check_once(source, family, scheme, dtype, cloud, device, other, head)
+    return _check_once(source, family, scheme, dtype, cloud, device, other, head, stored)
 
 
 def _check_once(
@@ -85,12 +91,13 @@ def _check_once(
     device: Path,
     samples: Samples,
     head: Head,
+    stored: Read,
 ) -> Check:
     rounded = not scheme.moves_only and dtype is not torch.float32
     pooled = has_pooler(source)
     if rounded:
         _check_before_rounding(source, family, scheme, cloud, device, samples, head)
-    expected = streamed(source.config, original(source, family, dtype), plain(samples.inputs(), pooled=pooled))
+    expected = streamed(source.config, stored, plain(samples.inputs(), pooled=pooled))
     check = _compared(expected, written_rows(family, cloud, device, samples, head, pooled=pooled), rounded)
     unit = torch.finfo(dtype).eps / 2
     if rounded:
@@ -152,14 +159,13 @@ def written_rows(
 ) -> np.ndarray:
     """Rows [n, width] that the two folders give together, revealed."""
     key = UserKey.load(device / "key.safetensors")
-    config, read, sent = _config(cloud), Shards(cloud).read, _sent(device, samples, key)
-    held = set(Shards(cloud).shapes)
+    config, weights, sent = _config(cloud), cloud_weights(cloud), _sent(device, samples, key)
 
     def read_written(name: str) -> torch.Tensor:
         # What is absent is not used either: modules that embed are not called, and nothing reads their tables.
-        if name not in held:
+        if name not in weights.shapes:
             raise EquivalenceError(f"equivalence check: the stock model reads {name!r}, which is not in the cloud")
-        return read(name)
+        return weights.read(name)
 
     if head == "cloud":
         return _revealed(key, streamed(config, read_written, from_sent(family, sent, pooled=pooled)))

@@ -28,7 +28,17 @@ def main() -> None:
     model.add_argument("--out", required=True, type=Path, help="folder to make: OUT/cloud, OUT/device, OUT/export.json")
     model.add_argument("--scheme", choices=SCHEMES, default="permutation", help="see SECURITY.md")
     model.add_argument("--head", choices=("cloud", "device"), default="cloud", help="where the classifier runs")
-    model.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    model.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the stored weights; with --gguf, of what devices hold and send",
+    )
+    model.add_argument(
+        "--gguf",
+        choices=("f32", "f16", "bf16", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1", "source"),
+        help="store the cloud's weights for llama.cpp, as this type; source: move the blocks of a quantised .gguf",
+    )
     model.add_argument("--name", metavar="SERVED", help="what devices ask for; the cloud reads it (default: random)")
     model.add_argument(
         "--drafts", choices=("table", "none"), default="table", help="what devices draft from (see README)"
@@ -74,6 +84,7 @@ def _model(arguments: argparse.Namespace) -> None:
         scheme=arguments.scheme,
         head=arguments.head,
         dtype=arguments.dtype,
+        gguf=arguments.gguf,
         name=arguments.name,
         drafts=arguments.drafts,
     )
@@ -90,14 +101,18 @@ def _model(arguments: argparse.Namespace) -> None:
     only_permuted = [stream for stream, hidden in report.streams.items() if hidden != report.scheme]
     if only_permuted:
         print(f"  permuted   the {' and '.join(only_permuted)} stream: this family's norms allow no rotation of it")
-    cause = f"new values rounded to {report.dtype}: " if check.rounded else "in float32: "
+    if report.quantisation is not None:
+        print(f"  weights    GGUF, {report.quantisation}, for llama.cpp: stip-cloud serve --engine llama.cpp")
+    cause = f"new values rounded to {report.quantisation or report.dtype}: " if check.rounded else "in float32: "
     print(
         f"  check      {check.positions} positions, {cause}results differ by at most {check.max_difference:.1e} "
         f"(mean {check.mean_difference:.1e}, largest {check.largest_logit:.1f}); "
         f"top entry the same in {check.same_top_token} of {check.positions}"
     )
     if report.log2_keys is not None:
-        print(f"  key space  2^{report.log2_keys:.0f} permutations, which nobody has to search")
+        free = report.log2_keys_free
+        blocks = "" if free is None else f" (2^{free:.0f} without blocks of quantised values that stay together)"
+        print(f"  key space  2^{report.log2_keys:.0f} permutations{blocks}, which nobody has to search")
     print(f"  limit      {limit(report.scheme)}")
     for name, reason in list(report.unmoved.items())[:1]:
         print(f"  unmoved    {len(report.unmoved)} tensors such as {name}: {reason}")
@@ -118,6 +133,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _families(arguments: argparse.Namespace) -> None:
     from export.families import FAMILIES
+    from export.gguf_layout import LAYOUTS
 
     rows = [
         {
@@ -126,6 +142,7 @@ def _families(arguments: argparse.Namespace) -> None:
             "model_types": family.model_types,
             "classes": sorted(set(family.classes.values())),
             "also_read": sorted(set(family.classes) - set(family.classes.values())),
+            "gguf": [name for name in family.model_types if name in LAYOUTS],
             "proven_on": family.tried,
         }
         for family in FAMILIES
@@ -138,6 +155,8 @@ def _families(arguments: argparse.Namespace) -> None:
         print(f"{'':<12} {', '.join(row['classes'])}")
         if row["also_read"]:
             print(f"{'':<12} without their heads: {', '.join(row['also_read'])}")
+        if row["gguf"]:
+            print(f"{'':<12} as GGUF, for llama.cpp: {', '.join(row['gguf'])}")
         print(f"{'':<12} proven on: {row['proven_on']}")
     print(
         "\nEvery family is exported under both schemes. Proven: the function is unchanged under drawn secrets, a wrong "

@@ -79,8 +79,8 @@ def write_cloud(
     folder: Path,
     key_id: str,
     shard_bytes: int,
-) -> dict[str, str]:
-    """Writes the transformed checkpoint and its config. Gives the tensors that stayed as they were, and why."""
+) -> None:
+    """Writes the transformed checkpoint and its config."""
     shapes = {name: source.shapes[stored] for name, stored in plan.stored.items()} | plan.zeros
     plans = [TensorPlan(name, shapes[name], dtype) for name in sorted(shapes)]
     shards = plan_shards(plans, shard_bytes)
@@ -100,12 +100,21 @@ def write_cloud(
         write_shard(folder / file, planned, part, {"key_id": key_id, "file": file})
     next(progress, None)  # lets the bar finish
     write_index(folder, shards)
-    config = cloud_config(source.config, family, dtype)
+    write_config(source.config, family, plan, dtype, folder)
+
+
+def unmoved(scheme: Scheme, plan: CloudPlan) -> dict[str, str]:
+    """The tensors that a scheme leaves as they were, and why."""
+    return {name: reason for name, axes in plan.axes.items() if (reason := scheme.unmoved(axes))}
+
+
+def write_config(config: PretrainedConfig, family: Family, plan: CloudPlan, dtype: torch.dtype, folder: Path) -> None:
+    """Writes the cloud's config.json."""
+    kept = cloud_config(config, family, dtype)
     if family.classifier is None or family.classifier in plan.absent:
         # Its true width would tell the base model, and make the stock class allocate tables that nothing needs.
-        config["vocab_size"] = 1
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return {name: reason for name, axes in plan.axes.items() if (reason := scheme.unmoved(axes))}
+        kept["vocab_size"] = 1
+    (folder / "config.json").write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def cloud_config(config: PretrainedConfig, family: Family, dtype: torch.dtype) -> dict[str, Any]:

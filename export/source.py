@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
-import gguf
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from export.families import family_of, normalized
+from export.families import family_of
+from export.gguf_config import differences, mended
+from export.gguf_file import GgufFile
+from export.gguf_layout import FREQUENCIES, LAYOUTS, Form, Forms
+from export.gguf_settings import frequency_factors
 from export.progress import listed
 from export.shards import Shards
 from export.spaces import Dropped
@@ -18,6 +21,7 @@ from export.stock import StockNames, empty_model
 from shared.errors import SourceError
 
 WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.spm", "*.txt"]
+UNREADABLE = "give the model's safetensors"
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -185,55 +189,52 @@ def _exact_dtype(dtypes: dict[str, str], folder: Path) -> torch.dtype:
 class GgufSource:
     """A GGUF file, dequantised one tensor at a time."""
 
-    STORED_ALIKE = ("llama", "qwen2", "qwen3")  # values as in safetensors, but for what follows
-    # llama.cpp interleaves the rotary halves of these architectures' query and key rows.
-    INTERLEAVED = ("llama",)
-
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise SourceError(f"{path}: no such file")
         self.path = path
-        try:
-            reader = gguf.GGUFReader(path)
-        except (ValueError, OSError, KeyError, IndexError) as error:
-            raise SourceError(f"{path}: {error}", hint="truncated or not GGUF? download it again") from None
-        self._architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
-        if self._architecture not in self.STORED_ALIKE:
+        self.file = GgufFile(path)  # the tensors as they are stored
+        architecture = self.file.metadata["general.architecture"]
+        known = sorted({layout.name for layout in LAYOUTS.values()})
+        if architecture not in known:
             raise SourceError(
-                f"{path}: seen the architecture {self._architecture!r}, wanted one of: {', '.join(self.STORED_ALIKE)}",
-                hint="llama.cpp stores others differently (Gemma's norms, GPT-2's projections): give the safetensors",
+                f"{path}: seen the architecture {architecture!r}, wanted one of: {', '.join(known)}",
+                hint="llama.cpp stores others differently: give the safetensors",
             )
-        self.config = _config(path.parent, gguf_file=path.name)
+        self._said = {key.removeprefix(f"{architecture}."): value for key, value in self.file.metadata.items()}
+        factors = self.file.read(FREQUENCIES).float() if FREQUENCIES in self.file.tensors else None
+        self.config = mended(_config(path.parent, gguf_file=path.name), self._said, self.file.tensors, factors)
+        self._check_settings(factors)
         self.config.architectures = [family_of(self.config).served_class(self.config)]
         self.tied = dict(empty_model(self.config).all_tied_weights_keys or {})
-        self._tensors = self._under_stock_names({tensor.name: tensor for tensor in reader.tensors})
-        self.shapes = {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in self._tensors.items()}
+        self.forms = self._under_stock_names()  # of every tensor that the file has
+        self.shapes = {name: tuple(self._stock(name, meta=True).shape) for name in self.forms}
         self.dtype = torch.float32  # dequantised values need it, and norm weights are stored in it
 
-    def _under_stock_names(self, stored: dict[str, Any]) -> dict[str, Any]:
-        layers = normalized(self.config).num_layers
-        architectures = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-        names = gguf.get_tensor_name_map(architectures[self._architecture], layers)
-        stock = {}
-        for name in _stock_parameters(self.config):
-            module, _, suffix = name.rpartition(".")
-            found = stored.pop(f"{names.get_name(module)}.{suffix}", None)
-            if found is not None:
-                stock[name] = found
-        stored.pop("rope_freqs.weight", None)  # llama.cpp's own copy of what the config says
-        if stored:
-            raise SourceError(f"{self.path}: tensors without a stock name: {listed(stored)}")
-        return stock
+    def _under_stock_names(self) -> dict[str, Form]:
+        form, stored = Forms(self.config), set(self.file.tensors)
+        forms = {name: form(name) for name in _stock_parameters(self.config)}
+        forms = {name: one for name, one in forms.items() if stored.issuperset(one.names)}
+        if odd := sorted(stored - {part for one in forms.values() for part in one.names} - {FREQUENCIES}):
+            raise SourceError(f"{self.path}: tensors without a stock name: {listed(odd)}")
+        return forms
+
+    def _check_settings(self, factors: torch.Tensor | None) -> None:
+        """Raises SourceError where the config is not what the file says."""
+        if odd := differences(self.config, self._said):
+            raise SourceError(f"{self.path}: cannot be read as a stock config: {listed(odd)}", hint=UNREADABLE)
+        if factors is not None:
+            wanted = frequency_factors(self.config)
+            if not torch.allclose(factors, torch.ones_like(factors) if wanted is None else wanted, rtol=1e-4):
+                raise SourceError(f"{self.path}: its rotary frequencies are scaled in an unknown way", hint=UNREADABLE)
+
+    def _stock(self, name: str, *, meta: bool = False) -> torch.Tensor:
+        """A tensor as the stock model has it; meta: without its values."""
+        form, tensors = self.forms[name], self.file.tensors
+        if meta:
+            return form.stock([torch.empty(tensors[part].shape, device="meta") for part in form.names])
+        return form.stock([self.file.read(part).float() for part in form.names])
 
     def read(self, name: str) -> torch.Tensor:
-        tensor = self._tensors[name]
-        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-        if self._architecture in self.INTERLEAVED and name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = self.config.num_attention_heads if "q_proj" in name else self.config.num_key_value_heads
-            rows, columns = values.shape
-            # [heads, pairs, 2, columns] → [heads, 2, pairs, columns]: first halves before second halves
-            values = values.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
-        return values.view(self.shapes[name])
+        return self._stock(name)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)

@@ -8,6 +8,7 @@
     │   ├── EquivalenceError  the transformed model does not compute what the original does
     │   └── AuditError        an audit cannot be made
     ├── BundleError           an exported folder is missing, damaged, edited or from another export
+    ├── EngineError           what the cloud computes with is gone: its server ends
     ├── WireError             a frame breaks PROTOCOL.md; carries a protocol error code
     ├── Cancelled             an answer that somebody else stopped
     ├── RequestError          a well-formed request the cloud refuses; carries a protocol error code
@@ -58,6 +59,10 @@ class AuditError(ExportError):
 
 class BundleError(StipError):
     """An exported folder is missing, damaged, edited or from another export."""
+
+
+class EngineError(StipError):
+    """What an engine computes with is gone, such as a process that shares its model. The server cannot go on."""
 
 
 class _Coded(StipError):

@@ -17,6 +17,9 @@ from shared.wire import SUBPROTOCOL, FloatName
 
 DEVICE_MANIFEST = "manifest.json"
 CLOUD_MANIFEST = "stip.json"
+GGUF_HEADER = 2**20  # bytes at a GGUF file's beginning: its metadata and tensor list lie there, as it has no tokenizer
+# Fields that are younger than the format, and what they are where they say nothing.
+LATER: dict[str, object] = {"weights": "safetensors", "quantisation": None}
 
 
 Kind = Literal[
@@ -29,7 +32,7 @@ Kind = Literal[
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Length in bytes and SHA-256 of one file; for safetensors shards also the SHA-256 of the header alone."""
+    """Length in bytes and SHA-256 of one file; for files of weights also the SHA-256 of the header alone."""
 
     bytes: int
     sha256: str
@@ -54,6 +57,8 @@ class CloudManifest(Manifest, frozen=True, kw_only=True, tag_field="format", tag
 
     kind: Kind = "decoder"
     absent: list[str]  # parameters of the stock architecture that are not in the checkpoint, on purpose
+    weights: Literal["safetensors", "gguf"] = "safetensors"
+    quantisation: str | None = None  # how a GGUF file stores its matrices: f32, q8_0, …
 
 
 class ImageFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -106,7 +111,8 @@ def file_entry(path: Path) -> FileEntry:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
         length = file.tell()
-    header = shard_header_digest(path) if path.suffix == ".safetensors" and path.name != "key.safetensors" else None
+    weights = path.suffix in (".safetensors", ".gguf") and path.name != "key.safetensors"
+    header = shard_header_digest(path) if weights else None
     return FileEntry(bytes=length, sha256=digest.hexdigest(), header_sha256=header)
 
 
@@ -118,15 +124,21 @@ def _digest(file: Any) -> Any:  # Python 3.10 has no hashlib.file_digest
 
 
 def shard_header_digest(path: Path) -> str:
-    """SHA-256 of a safetensors file's header, which names its tensors, their shapes, its key and its own file name."""
+    """SHA-256 of the header of a file of weights, which names its tensors, their shapes, its key and, in safetensors,
+    its own file name."""
     with path.open("rb") as file:
+        if path.suffix == ".gguf":
+            return hashlib.sha256(file.read(GGUF_HEADER)).hexdigest()
         prefix = file.read(8)
         header = file.read(min(int.from_bytes(prefix, "little"), 100_000_000))
     return hashlib.sha256(prefix + header).hexdigest()
 
 
 def _own_digest(manifest: CloudManifest | DeviceManifest) -> str:
-    bare = msgspec.structs.replace(manifest, digest="")
+    bare = msgspec.to_builtins(msgspec.structs.replace(manifest, digest=""))
+    for field, default in LATER.items():  # where they say nothing, older exports have the digest they always had
+        if field in bare and bare[field] == default:
+            del bare[field]
     return hashlib.sha256(msgspec.json.encode(bare, order="deterministic")).hexdigest()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from export.audit import base, fine_tuning, hidden, images, lengths, look_up, noise, theft, traffic
+from export.audit import base, blocks, fine_tuning, hidden, images, lengths, look_up, noise, theft, traffic
 from export.audit.attack import Attack, Finding, carry_out
 from export.audit.measures import measure
 from export.audit.page import page
@@ -22,6 +22,7 @@ ATTACKS: tuple[Attack, ...] = (
     *traffic.ATTACKS,
     *lengths.ATTACKS,
     *look_up.ATTACKS,
+    *blocks.ATTACKS,
     *base.ATTACKS,
     *hidden.ATTACKS,
     *noise.ATTACKS,

@@ -25,11 +25,11 @@ from export.audit.inputs import (
 )
 from export.bundle import DTYPES
 from export.cloud_half import plan_cloud
+from export.cloud_weights import CloudWeights, GgufWeights, cloud_weights
 from export.families import Family, family_of
 from export.original import stored_name
-from export.permutation import Permutation
+from export.permutation import Levels, Permutation
 from export.scheme import Read, fold
-from export.shards import Shards
 from export.source import Source, open_source
 from export.spaces import Axis, Stream, Structure
 from export.stock import empty_model
@@ -65,6 +65,7 @@ class Target:
     dtype: torch.dtype  # of what is stored and what travels
     key: UserKey
     tokens: Tokens  # the victim's own
+    block: int = 0  # features of the stream that quantised weights keep together; 0 where they move freely
 
     def vectors(self, embeddings: Array, stream: str = "residual") -> Array:
         """What goes up for plain rows [..., width] of a stream, in the values of the stored dtype, as float32."""
@@ -168,7 +169,7 @@ class Backwards(Permutation):
     def act(self, name: str, tensor: torch.Tensor, axes: tuple[Axis, ...], read: Read) -> torch.Tensor:
         return super().act(name, fold(tensor, axes, read, self._folding.__contains__), axes, read)
 
-    def _order(self, size: int, *, moves: bool = False) -> Index:
+    def _order(self, size: int, levels: Levels = (), *, moves: bool = False) -> Index:
         return np.arange(size)[::-1].copy()
 
 
@@ -182,20 +183,30 @@ def open_scene(out: Path, model: str | None) -> Scene:
         raise AuditError(f"{out}: its two halves are of different exports", hint="give the folder of one export")
     config = AutoConfig.from_pretrained(out / "cloud")
     family = family_of(config)
-    shards = Shards(out / "cloud")
+    weights = cloud_weights(out / "cloud")
     tokens, text = NO_TOKENS, NO_TEXT
     if family.text is not None:
         tokens, text = device_tokens(out / "device"), read_text(out / "device" / "tokenizer.json")
     target = Target(
         scheme=cloud.scheme,
         head=device.head,
-        weights=Weights(config, shards.shapes, lambda name: shards.read(name).float()),
+        weights=Weights(config, weights.shapes, lambda name: weights.read(name).float()),
         dtype=DTYPES[device.dtype],
         key=UserKey.load(out / "device" / "key.safetensors"),
         tokens=tokens,
+        block=_block(weights, family),
     )
     scene = Scene(target, family, tokens, None, text, images=device_images(out / "device", device))
     return scene if model is None else _with_base(scene, model)
+
+
+def _block(weights: CloudWeights, family: Family) -> int:
+    """How many features of the stream that prompts enter certainly lie together."""
+    if not isinstance(weights, GgufWeights):
+        return 0
+    rows = {name: family.axes(name) for name in weights.shapes}
+    levels = weights.blocks({name: row for name, row in rows.items() if isinstance(row, tuple)}).get("residual", ())
+    return levels[-1] if levels else 0
 
 
 def _with_base(scene: Scene, model: str) -> Scene:
@@ -261,4 +272,5 @@ def unprotected(scene: Scene, *, folds: bool | None = None) -> Target:
     config = copy.deepcopy(known.config)
     config.tie_word_embeddings = False
     key = scheme.user_key("unprotected")
-    return Target("none", "cloud", Weights(config, shapes, backwards), scene.target.dtype, key, scene.tokens)
+    weights = Weights(config, shapes, backwards)
+    return Target("none", "cloud", weights, scene.target.dtype, key, scene.tokens, scene.target.block)

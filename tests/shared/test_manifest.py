@@ -164,7 +164,7 @@ def test_an_unreadable_manifest_is_refused(tmp_path: Path, data: bytes) -> None:
 
 def test_the_cloud_half_has_no_field_to_hold_anything_of_the_devices() -> None:
     shared = {"protocol", "key_id", "served_name", "scheme", "dtype", "warning", "files", "digest"}
-    assert set(CloudManifest.__struct_fields__) == shared | {"kind", "absent"}
+    assert set(CloudManifest.__struct_fields__) == shared | {"kind", "absent", "weights", "quantisation"}
 
 
 # --- the files ---
@@ -241,6 +241,27 @@ def test_an_entry_holds_length_and_sha_256(tmp_path: Path) -> None:
 def test_a_shards_entry_covers_its_header(cloud: Path) -> None:
     path = cloud / "one.safetensors"
     assert file_entry(path).header_sha256 == shard_header_digest(path)
+
+
+def test_a_gguf_files_header_is_its_first_mebibyte(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF" + bytes(2**20))
+    header = file_entry(path).header_sha256
+    flip_last_byte(path)
+    assert file_entry(path).header_sha256 == shard_header_digest(path) == header
+    path.write_bytes(b"GGUX" + bytes(2**20))
+    assert shard_header_digest(path) != header
+
+
+def test_an_export_from_before_gguf_still_opens(cloud: Path) -> None:
+    manifest = json.loads((cloud / CLOUD_MANIFEST).read_text())
+    del manifest["weights"], manifest["quantisation"]
+    (cloud / CLOUD_MANIFEST).write_text(json.dumps(manifest))
+    assert read_manifest(cloud, CloudManifest).weights == "safetensors"
+    manifest["weights"] = "gguf"
+    (cloud / CLOUD_MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="edited"):
+        read_manifest(cloud, CloudManifest)
 
 
 def test_an_unknown_field_of_an_entry_is_refused() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from export import cli
-from export.audit import base, fine_tuning, hidden, images, lengths, look_up, noise, run, scene, theft, traffic
+from export.audit import base, blocks, fine_tuning, hidden, images, lengths, look_up, noise, run, scene, theft, traffic
 from export.audit.attack import Attack, Outcome
 from export.audit.corpus import Text, read_text
 from export.audit.measures import measure
@@ -93,11 +93,12 @@ def test_every_attack_of_every_file_is_in_the_report_once_and_in_order(whole: Au
     names = [attack.name for attack in ATTACKS]
     assert [finding.name for finding in whole.report.findings] == names
     assert len(set(names)) == len(names)
-    files = (traffic, lengths, look_up, base, hidden, noise, theft, fine_tuning, images)
+    files = (traffic, lengths, look_up, blocks, base, hidden, noise, theft, fine_tuning, images)
     assert set(ATTACKS) == {one for file in files for one in file.ATTACKS}
     skipped = {finding.name for finding in whole.report.findings if finding.skipped}
     of_images = {attack.name for attack in images.ATTACKS}
-    assert skipped == {"classifier-from-traffic"} | of_images  # the one is for exports with no classifier in the cloud
+    # the others are for exports with no classifier in the cloud, and for quantised weights
+    assert skipped == {"classifier-from-traffic", "table-blocks"} | of_images
     assert whole.said.count("\n") == len(names) and f"{len(names)}/{len(names)}" in whole.said
 
 

@@ -22,6 +22,7 @@ from export.audit.run import ATTACKS as ALL
 from shared.levels import SCHEMES
 
 SECURITY = Path(__file__).resolve().parent.parent / "SECURITY.md"
+QUANTISED_PATH = RESULTS / "audit-quantised.json"
 BEGIN, END = "<!-- figures: make bench-audit -->\n", "<!-- end of figures -->\n"
 LEVELS = {  # column: scheme, head, dtype
     "permutation": ("permutation", "cloud", "float32"),
@@ -41,6 +42,12 @@ KINDS: dict[str, tuple[str, tuple[Attack, ...]]] = {
     "llava-173m": ("LLaVA, images, random weights", images.ATTACKS),
 }
 
+# The same model as a quantised GGUF, whose order keeps blocks together, and what is tried on it.
+QUANTISED = (
+    *("known-text", "tied-head", "table-sorted-entries", "table-gram", "table-blocks"),
+    *("base-norms", "base-moments", "base-arrows", "base-singular-values", "hidden-vocabulary"),
+)
+
 
 def main() -> None:
     """Audits every level, one process after another, stores the reports and writes the tables."""
@@ -48,12 +55,15 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="write SECURITY.md's tables from the stored reports")
     parser.add_argument("--level", action="append", choices=LEVELS, help="audit this level alone (repeatable)")
     parser.add_argument("--kind", action="append", choices=KINDS, help="audit this other model alone (repeatable)")
+    parser.add_argument("--quantised", action="store_true", help="audit the quantised export alone")
     options = parser.parse_args()
-    everything = not (options.tables or options.level or options.kind)
+    everything = not (options.tables or options.level or options.kind or options.quantised)
     for level in LEVELS if everything else options.level or ():
         audit(level)
     for kind in KINDS if everything else options.kind or ():
         audit_kind(kind)
+    if everything or options.quantised:
+        audit_quantised()
     before, _, rest = SECURITY.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     SECURITY.write_text(before + BEGIN + tables(stored()) + END + after, encoding="utf-8")
@@ -87,6 +97,18 @@ def audit_kind(kind: str) -> None:
             path_of_kind(kind, scheme).write_bytes((out / "audit.json").read_bytes())
 
 
+def audit_quantised() -> None:
+    """The same of an export whose blocks are those of a quantised file."""
+    chosen = [part for name in QUANTISED for part in ("--attack", name)]
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "smollm2"
+        options = ["--gguf", "source", "--name", "audited"]
+        run([sys.executable, "-m", "export", "model", smollm2_gguf(), "--out", out, *options])
+        run([sys.executable, "-m", "export", "audit", out, "--model", smollm2_gguf(), *chosen])
+        RESULTS.mkdir(exist_ok=True)
+        QUANTISED_PATH.write_bytes((out / "audit.json").read_bytes())
+
+
 def path_of_kind(kind: str, scheme: str) -> Path:
     """Where the report on a model of another kind is stored."""
     return RESULTS / f"audit-{kind}-{scheme}.json"
@@ -104,7 +126,7 @@ def stored() -> dict[str, Report]:
 
 def tables(reports: dict[str, Report]) -> str:
     """SECURITY.md between its marks."""
-    return "\n".join([_machines(reports), *_attacks(reports), "", *_details(reports), *_kinds(), ""])
+    return "\n".join([_machines(reports), *_attacks(reports), "", *_details(reports), *_quantised(), *_kinds(), ""])
 
 
 def _machines(reports: dict[str, Report]) -> str:
@@ -281,6 +303,32 @@ def _kinds() -> list[str]:
     return _table(
         "Other kinds of models, in float32 (–: not about such a model)", ["attack", *columns, "control"], rows
     )
+
+
+def _quantised() -> list[str]:
+    """What quantised weights let through, and what their blocks add for who has a table that is off."""
+    report = read_json(QUANTISED_PATH.read_bytes())
+    rows = [[one.title, one.knows, percent(one.recovered), percent(one.control)] for one in report.findings]
+    figures = _figures(report, "table-blocks")
+    off = [
+        [name, *map(percent, figures[key])]
+        for name, key in (
+            ("by blocks", "off_by_all_blocks"),
+            ("by sorted entries, as without blocks", "off_by_all_entries_without_blocks"),
+        )
+    ]
+    return [
+        *_table(
+            "The quantised file (Q4_1), moved in blocks of 32 (`--gguf source`)",
+            ["attack", "the attacker knows", "recovered", "control"],
+            rows,
+        ),
+        *_table(
+            "The same, looked up in a table that is off by noise, in its spreads: tokens read",
+            ["off by", *map(percent, figures["off"])],
+            off,
+        ),
+    ]
 
 
 def _line(text: str) -> str:

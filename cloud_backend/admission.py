@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 from collections import Counter
-
-from websockets.asyncio.server import ServerConnection
+from collections.abc import Callable
 
 BURST_SECONDS = 1.0  # of its rate that a token may save up
 
@@ -36,52 +35,39 @@ class Allowance:
 
 
 class Doorstep:
-    """Counts the connections of each client address that have not opened a session, from their first byte on."""
+    """Counts the connections of each client that have not opened a session, from their first byte on."""
 
     def __init__(self, most: int | None) -> None:
-        """most: connections of one address at a time; None: as many as come."""
+        """most: connections of one client at a time; None: as many as come."""
         self._most = most
         self._standing: Counter[str] = Counter()
 
-    def enter(self, address: str) -> bool:
-        """Whether there is room for one more of `address`; it then stands here until `leave`."""
-        if self._most is not None and self._standing[address] >= self._most:
-            return False
-        self._standing[address] += 1
-        return True
+    def enter(self, host: str | None) -> Callable[[], None] | None:
+        """Puts a connection from an address here; None is one that nobody knows any more.
 
-    def leave(self, address: str) -> None:
-        """One of `address` has opened a session, or is gone."""
-        self._standing[address] -= 1
-        if not self._standing[address]:
-            del self._standing[address]
+        Gives what takes it away again, once it has opened a session or is gone; None where there is no room for it.
+        """
+        client = _client(host)
+        if self._most is not None and self._standing[client] >= self._most:
+            return None
+        self._standing[client] += 1
+        stands = True
 
+        def leave() -> None:
+            nonlocal stands
+            if stands:
+                stands = False
+                self._standing[client] -= 1
+                if not self._standing[client]:
+                    del self._standing[client]
 
-class CountedConnection(ServerConnection):
-    """A connection that stands on the doorstep from its start until `came_in`, or its end."""
-
-    doorstep: Doorstep  # of the server: set by a subclass
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        peer = transport.get_extra_info("peername")
-        client = _client(peer[0]) if peer else "gone"  # before its first byte
-        self._stands_as: str | None = client if self.doorstep.enter(client) else None
-        if self._stands_as is None:
-            self.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.came_in()
-        super().connection_lost(exc)
-
-    def came_in(self) -> None:
-        """It has opened a session."""
-        if self._stands_as is not None:
-            self.doorstep.leave(self._stands_as)
-            self._stands_as = None
+        return leave
 
 
-def _client(host: str) -> str:
-    """The address that stands for a client: of IPv6 its network, as each client has a whole one (RFC 6177)."""
-    address = ipaddress.ip_address(host.partition("%")[0])
+def _client(host: str | None) -> str:
+    """What stands for a client: its address; of IPv6 its network, as each client has a whole one (RFC 6177)."""
+    try:
+        address = ipaddress.ip_address((host or "").partition("%")[0])
+    except ValueError:
+        return host or "unknown"  # a Unix socket's, perhaps
     return str(address if address.version == 4 else ipaddress.ip_network((address, 64), strict=False))

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from cloud_backend import host_rows
 from cloud_backend.engine import AppendWork, HiddenRows, LogitRows, Outcome, not_finite
 from cloud_backend.tensors import TORCH_DTYPES, to_device, to_host, to_numpy
 from shared.wire import DTYPES, Array, FloatName
 
-SLICE = 8  # works
-Classify = Callable[[torch.Tensor], torch.Tensor]  # last hidden states [rows, hidden] to logits [rows, vocab]
+# Last hidden states [rows, hidden] to logits [rows, vocab]; what has logits already gives them as they are.
+Classify = Callable[[torch.Tensor], torch.Tensor]
 
 
 def answers(works: Sequence[AppendWork], states: Sequence[torch.Tensor], classify: Classify | None) -> list[Outcome]:
@@ -21,27 +22,16 @@ def answers(works: Sequence[AppendWork], states: Sequence[torch.Tensor], classif
     kinds = dict.fromkeys((work.want, work.dtype) for work in works)
     for want, dtype in kinds:
         chosen = [at for at, work in enumerate(works) if (work.want, work.dtype) == (want, dtype)]
-        hidden = torch.cat([states[at] for at in chosen])  # [rows of all, hidden]
+        # [rows of all, hidden]; one alone is not copied
+        hidden = torch.cat([states[at] for at in chosen]) if len(chosen) > 1 else states[chosen[0]]
         of = [works[at] for at in chosen]
         if want == "hidden":
             found = hidden_rows(of, hidden.to(TORCH_DTYPES[dtype]))
         else:
             assert classify is not None
-            found = _in_slices(of, classify(hidden).to(TORCH_DTYPES[dtype]))
+            found = logit_rows(of, classify(hidden).to(TORCH_DTYPES[dtype]))
         for at, result in zip(chosen, found, strict=True):
             results[at] = result
-    return results
-
-
-def _in_slices(works: Sequence[AppendWork], logits: torch.Tensor) -> list[Outcome]:
-    """`logit_rows`, of few works at a time on a processor: a vocabulary of float32 is not small."""
-    if logits.device.type == "cuda":
-        return logit_rows(works, logits)
-    ends = _of_each(works)
-    results: list[Outcome] = []
-    for first in range(0, len(works), SLICE):
-        some = slice(first, first + SLICE)
-        results += logit_rows(works[some], logits[ends[some][0][0] : ends[some][-1][1]])
     return results
 
 
@@ -55,6 +45,27 @@ def hidden_rows(works: Sequence[AppendWork], hidden: torch.Tensor) -> list[Outco
 def logit_rows(works: Sequence[AppendWork], logits: torch.Tensor) -> list[Outcome]:
     """Of logits [rows of all, vocab] in the dtype they are sent in: the top k by value, then id, or all of them; and
     log-sum-exp of the values as sent, so that a device can rely on it."""
+    if logits.device.type == "cuda":
+        return _rows_of_cuda(works, logits)
+    of_each = zip(works, _of_each(works), strict=True)
+    return [_rows_of_host(work, logits[start:end]) for work, (start, end) in of_each]
+
+
+def _rows_of_host(work: AppendWork, logits: torch.Tensor) -> Outcome:
+    wide = logits.float().numpy()
+    if not all(host_rows.finite(row) for row in wide):
+        return not_finite()
+    sums = np.array([host_rows.log_sum_exp(row, work.temperature) for row in wide], np.float32).reshape(-1, 2)
+    if work.top_k == 0:
+        return LogitRows(to_numpy(logits), np.empty((work.rows, 0), np.uint32), sums)
+    count = min(work.top_k, wide.shape[-1])
+    ids = np.array([host_rows.top(row, count) for row in wide], np.int64).reshape(-1, count)
+    values = np.take_along_axis(wide, ids, -1)
+    # Back to the dtype it was computed in: exact, as it came from there.
+    return LogitRows(values.astype(DTYPES[_name(logits)]), ids.astype(np.uint32), sums)
+
+
+def _rows_of_cuda(works: Sequence[AppendWork], logits: torch.Tensor) -> list[Outcome]:
     wide = logits.float()
     most = min(max((work.top_k for work in works), default=0), logits.shape[-1])
     top = torch.topk(wide, most, sorted=False)
@@ -70,7 +81,6 @@ def logit_rows(works: Sequence[AppendWork], logits: torch.Tensor) -> list[Outcom
         if work.top_k == 0:
             result = LogitRows(to_numpy(next(whole)), np.empty((work.rows, 0), np.uint32), sums[row])
         else:
-            # Back to the dtype it was computed in: exact, as it came from there.
             result = LogitRows(best[row, : work.top_k].astype(dtype), named[row, : work.top_k], sums[row])
         results.append(result if finite[row].all() else not_finite())
     return results

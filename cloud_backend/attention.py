@@ -21,8 +21,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from cloud_backend.kv_cache import PagePool
 from cloud_backend.step import MOST_TOGETHER, Group, Step
+from cloud_backend.tensor_pool import TensorPool
 
 NAME = "stip"  # of this attention among transformers' own
 FEW = 64  # queries that read the same keys
@@ -75,7 +75,7 @@ class PooledLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unt
         return -1
 
 
-def pooled_cache(pool: PagePool, *, sources: bool = False) -> Cache:
+def pooled_cache(pool: TensorPool, *, sources: bool = False) -> Cache:
     """What a stock model takes as past_key_values. sources: of a decoder with cross-attention, whose pages are full."""
     cache = Cache(layers=[PooledLayer(*layer) for layer in zip(pool.keys, pool.values, strict=True)])
     if not sources:

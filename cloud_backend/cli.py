@@ -1,25 +1,20 @@
-"""`stip-cloud`: serve exported contexts, make bearer tokens."""
+"""`stip-cloud`: serve exported contexts, make bearer tokens, say what this machine can run."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
+import json
 import re
 import sys
 from collections.abc import Callable
-from functools import partial
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from cloud_backend.log import LOG_FORMATS, log_to_stderr
+from cloud_backend.log import LOG_FORMATS
 from shared.command import debug_option, run
 from shared.errors import UsageError
-from shared.levels import limit
-from shared.manifest import CloudManifest, read_manifest
-
-if TYPE_CHECKING:
-    from cloud_backend.limits import Limits
 
 
 def main() -> None:
@@ -33,15 +28,19 @@ def command_line() -> argparse.ArgumentParser:
     common = [debug_option()]
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    _add_serve(commands.add_parser("serve", help="serve one or more exported cloud folders", parents=common))
+    add_serve(commands.add_parser("serve", help="serve one or more exported cloud folders", parents=common))
     token = commands.add_parser("token", help="make a bearer token: printed once, stored as a hash", parents=common)
     token.add_argument("--token-file", type=Path, default=Path("tokens.txt"), metavar="F")
     token.add_argument("--name", default="device", help="whose token it is (default: %(default)s)")
     token.set_defaults(command=_token)
+    engines = commands.add_parser("engines", help="what this machine can run, and why not the others", parents=common)
+    engines.add_argument("--json", action="store_true", help="one list of objects")
+    engines.set_defaults(command=_engines)
     return parser
 
 
-def _add_serve(serve: argparse.ArgumentParser) -> None:
+def add_serve(serve: argparse.ArgumentParser) -> None:
+    """Gives a parser the options of `stip-cloud serve`."""
     serve.add_argument("folders", nargs="+", type=Path, metavar="OUT/cloud")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--port", type=_whole(0, 65535), default=8765, help="0 takes a free one (default: %(default)s)")
@@ -56,6 +55,12 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     serve.set_defaults(command=_serve)
 
     models = serve.add_argument_group("models")
+    models.add_argument(
+        "--engine",
+        choices=("auto", "torch", "llama.cpp"),
+        default="auto",
+        help="what runs them (default: llama.cpp where the weights are GGUF, else torch)",
+    )
     models.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     models.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="to compute in"
@@ -67,9 +72,17 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
         "--kv-bytes",
         type=_bytes,
         metavar="BYTES",
-        help="memory for the KV caches of each model, as 8G or 512M (default: a quarter of what is free)",
+        help="memory for the KV caches of each model, as 8G or 512M (default: a quarter of what is free, and on "
+        "llama.cpp at most that of four full sessions)",
     )
-    models.add_argument("--threads", type=_whole(1), metavar="N", help="of the processor (default: torch's choice)")
+    models.add_argument("--threads", type=_whole(1), metavar="N", help="of each process (default: torch's choice)")
+    models.add_argument(
+        "--tensor-parallel",
+        type=_whole(1),
+        default=1,
+        metavar="N",
+        help="processes that share each model, on CUDA a card each (default: %(default)s)",
+    )
 
     clients = serve.add_argument_group("who may connect")
     clients.add_argument("--token-file", type=Path, metavar="F", help="hashes of the bearer tokens to accept")
@@ -148,22 +161,11 @@ def _bytes(text: str) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from transformers.utils import logging as transformers_logging
-
-    from cloud_backend.memory import bound_preparations
-    from cloud_backend.opening import open_context
     from cloud_backend.process import Listening, serve_until_stopped
-    from cloud_backend.scheduler import Scheduler
-    from cloud_backend.server import CloudServer
+    from cloud_backend.serving import prepare
     from cloud_backend.tls import Certificate
-    from cloud_backend.tokens import Tokens
 
-    bound_preparations()
-    log_to_stderr(arguments.log)
-    transformers_logging.set_verbosity_error()  # it would report the embedding as missing: it is, on purpose
-    transformers_logging.disable_progress_bar()
-    limits = _limits(arguments)
-    tokens = Tokens(arguments.token_file) if arguments.token_file else None
+    serving = prepare(arguments)
     chain, key = arguments.tls_cert, arguments.tls_key
     if (chain is None) != (key is None):
         raise UsageError("TLS wants both --tls-cert and --tls-key", hint="give the other one as well")
@@ -174,57 +176,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         arguments.origin,
         None if arguments.metrics_port is None else (arguments.metrics_host, arguments.metrics_port),
     )
-    _check_folders(arguments.folders)
-    load = partial(
-        open_context,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        context=arguments.context,
-        verify=arguments.verify,
-        kv_bytes=arguments.kv_bytes,
-    )
-    scheduler = Scheduler()
-    server = CloudServer([], limits, tokens, scheduler)
-    loads = [partial(load, folder) for folder in arguments.folders]
-    asyncio.run(
-        serve_until_stopped(
-            server, scheduler, loads, at, threads=arguments.threads, drain_seconds=arguments.drain_seconds
-        )
-    )
-
-
-def _limits(arguments: argparse.Namespace) -> Limits:
-    from cloud_backend.limits import Limits
-
-    if arguments.window < arguments.max_frame:
-        raise UsageError(
-            f"window: seen {arguments.window}, wanted at least --max-frame, {arguments.max_frame}",
-            hint="a larger --window, or a smaller --max-frame",
-        )
-    return Limits(
-        max_frame=arguments.max_frame,
-        window=arguments.window,
-        max_sessions=arguments.max_sessions,
-        token_sessions=arguments.token_sessions,
-        token_rate=arguments.token_rate,
-        idle_seconds=arguments.idle_seconds,
-        grace_seconds=arguments.grace_seconds,
-    )
-
-
-def _check_folders(folders: list[Path]) -> None:
-    """What manifests tell at once, before anything is loaded. Raises BundleError, and UsageError for an export given
-    twice."""
-    log = logging.getLogger("stip.cloud")
-    seen = set()
-    for folder in folders:
-        manifest = read_manifest(folder, CloudManifest)
-        if (manifest.served_name, manifest.key_id) in seen:
-            raise UsageError(f"{folder}: the same export was given twice", hint="give each folder once")
-        seen.add((manifest.served_name, manifest.key_id))
-        log.info("%s: %s", manifest.served_name, limit(manifest.scheme))
-        if manifest.warning:
-            log.warning("%s: %s", manifest.served_name, manifest.warning)
+    with serving.ranks or nullcontext():
+        asyncio.run(serve_until_stopped(serving, at))
 
 
 def _token(arguments: argparse.Namespace) -> None:
@@ -232,3 +185,10 @@ def _token(arguments: argparse.Namespace) -> None:
 
     print(add_token(arguments.token_file, arguments.name))
     print(f"stip-cloud: its hash is in {arguments.token_file}; the token is shown only now", file=sys.stderr)
+
+
+def _engines(arguments: argparse.Namespace) -> None:
+    from cloud_backend.engines import engines, lines
+
+    found = list(engines())
+    print(json.dumps([asdict(one) for one in found], indent=2) if arguments.json else "\n".join(lines(found)))

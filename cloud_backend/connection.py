@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import logging
 
-from websockets.asyncio.server import ServerConnection
-from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 
 from cloud_backend.admission import Allowance
@@ -16,6 +14,7 @@ from cloud_backend.limits import Limits
 from cloud_backend.record import Record, positions
 from cloud_backend.scheduler import Scheduler
 from cloud_backend.session import Session
+from cloud_backend.sockets import Closed, Socket
 from shared.wire import ErrorCode
 
 log = logging.getLogger("stip.cloud")
@@ -29,9 +28,7 @@ class Connection:
     token: the hash of the one it was opened with. allowance: what that token may still compute; None: all it wants.
     """
 
-    def __init__(
-        self, socket: ServerConnection, session: Session, scheduler: Scheduler, limits: Limits, record: Record
-    ) -> None:
+    def __init__(self, socket: Socket, session: Session, scheduler: Scheduler, limits: Limits, record: Record) -> None:
         self.token: str | None = None
         self.allowance: Allowance | None = None
         self.record = record
@@ -61,16 +58,14 @@ class Connection:
         return self._session.closing is not None
 
     def bearers(self) -> list[str]:
-        """The tokens of its handshake (RFC 6750 §2.1)."""
-        assert self._socket.request is not None
-        parts = [header.partition(" ") for header in self._socket.request.headers.get_all("Authorization")]
-        return [given for scheme, _, given in parts if scheme.lower() == "bearer"]
+        """The tokens of its handshake."""
+        return self._socket.bearers
 
     async def run(self) -> None:
         """Until the socket closes, or the session wants it closed."""
         worker = asyncio.create_task(self._work())
         try:
-            with contextlib.suppress(ConnectionClosed):
+            with contextlib.suppress(Closed):
                 while self._session.closing is None:
                     await self._receive()
                     self._received.set()
@@ -89,7 +84,7 @@ class Connection:
         seconds = self._limits.idle_seconds if session.context else self._limits.open_seconds
         try:
             async with asyncio.timeout(seconds):  # unlike wait_for, it makes no task for every frame
-                frame = await self._socket.recv()
+                frame = await self._socket.receive()
         except TimeoutError:
             if not session.busy:
                 session.fail("idle", f"nothing was sent for {seconds:g} s")
@@ -103,15 +98,13 @@ class Connection:
         opening = session.context is None
         session.receive(frame)
         if opening and session.context:
-            self._socket.came_in()  # type: ignore[attr-defined]  # a CountedConnection
-            # Frames a little beyond the limit still get their Error; larger ones only close code 1009.
-            self._socket.protocol.max_message_size = 2 * self._limits.max_frame
+            self._socket.came_in(self._limits.longest_frame)
             self.record.opened(session.context.served_name, session.public_id)
 
     async def _work(self) -> None:
         """Answers until the socket is gone. Should that fail, the connection ends."""
         try:
-            with contextlib.suppress(ConnectionClosed):
+            with contextlib.suppress(Closed):
                 await self._answer()
         except Exception as error:
             log.error("connection failed: %s", type(error).__name__)  # its text could quote tensors
@@ -166,7 +159,7 @@ class Connection:
                 async with asyncio.timeout(self._send_seconds):
                     await self._socket.close(*self._session.closing)
         except TimeoutError:
-            self._socket.transport.abort()  # close() would wait without end for room to write its own frame
+            self._socket.abort()
         finally:
             self._send_timeout = None
 
@@ -175,7 +168,7 @@ class Connection:
 
     async def _close(self) -> None:
         self._answered.set()  # a reader that waits for room waits for nothing
-        with contextlib.suppress(ConnectionClosed):
+        with contextlib.suppress(Closed):
             await self.flush()
 
     async def drain(self) -> None:

@@ -15,9 +15,11 @@ from cloud_backend.answers import answers
 from cloud_backend.attention import pooled_cache, running
 from cloud_backend.engine import AppendKind, AppendWork, EncodeWant, HiddenRows, LogitRows, Outcome, Work, failed
 from cloud_backend.graphs import Graphs
-from cloud_backend.kv_cache import KVCache, Last, LayerShape, PagePool
+from cloud_backend.kv_cache import KVCache, Last
 from cloud_backend.step import Span, Step, order, step_of
+from cloud_backend.tensor_pool import LayerShape, TensorPool
 from cloud_backend.tensors import TORCH_DTYPES, device_of, to_device
+from shared.errors import EngineError
 from shared.wire import Array, FloatName
 
 log = logging.getLogger("stip.cloud")
@@ -43,7 +45,7 @@ class DecoderEngine:
         self.vocab_size: int = 0 if self._classifier is None else self._classifier.out_features
         self.dtype = dtype
         self.device = device_of(model)
-        self.pool = PagePool(self._layers(), model.dtype, model.device, kv_bytes)
+        self.pool = TensorPool(self._layers(), model.dtype, model.device, kv_bytes)
         longest = min(config.max_position_embeddings, self.pool.positions)
         self.context = min(context or longest, longest)
         self._body.set_attn_implementation(attention.NAME)
@@ -71,6 +73,8 @@ class DecoderEngine:
     def run(self, batch: Sequence[Work]) -> list[Outcome]:
         try:
             return self._run(batch)
+        except EngineError:
+            raise
         except Exception as error:  # any failure of a model: the server and other sessions go on
             for work in batch:
                 if isinstance(work, AppendWork):
@@ -162,7 +166,4 @@ def _repeated(work: AppendWork) -> torch.Tensor | None:
     No forward is needed then, and the full row is the one that the top of was sent, up to the rounding of a classifier
     that runs beside others.
     """
-    last = work.cache.last
-    if last is None or work.keep != work.cache.length - 1 or not work.rows == len(work.embeddings) == 1:
-        return None
-    return last.hidden if np.array_equal(last.embedding, work.embeddings) else None
+    return work.cache.last.state if work.repeats_last and work.cache.last is not None else None

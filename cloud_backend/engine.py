@@ -1,6 +1,7 @@
 """The seam between sessions and models: what is asked of an engine, and what it answers.
 
 torch is the reference: `decoder`, `encoder`, `vision` and `translation` hold the engines of each kind of model.
+`llama` runs decoders on llama.cpp.
 """
 
 from __future__ import annotations
@@ -36,9 +37,14 @@ class AppendWork:
         """KV length after it, where it is text."""
         return self.keep + len(self.embeddings)
 
+    @property
+    def repeats_last(self) -> bool:
+        """Whether its answer is known, as it appends the last position alone again."""
+        return self.rows == 1 and self.cache.repeats(self.keep, self.embeddings)
+
     def reserve(self) -> bool:
         """Takes the KV memory that it needs. False where too little is free."""
-        return self.kind == "image" or self.cache.pages is None or self.cache.pages.reserve(self.end)
+        return self.kind == "image" or self.cache.reserve(self.end)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cloud_backend.kv_cache import PAGE, PagePool
+from cloud_backend.kv_cache import PAGE
 from cloud_backend.step import Group, Span, Step, padded_rows
+from cloud_backend.tensor_pool import TensorPool
 from cloud_backend.tensors import to_device
 
 log = logging.getLogger("stip.cloud")
@@ -48,7 +49,7 @@ def shape_of(spans: Sequence[Span], context: int) -> Shape | None:
 class FixedStep:
     """A step whose tensors keep their shapes and addresses."""
 
-    def __init__(self, pool: PagePool, shape: Shape, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, pool: TensorPool, shape: Shape, hidden_size: int, dtype: torch.dtype) -> None:
         count, tokens, longest = self.shape = shape
         device = pool.device
         self.embeddings = torch.zeros(count * tokens, hidden_size, dtype=dtype, device=device)
@@ -84,7 +85,7 @@ class FixedStep:
 class Graphs:
     """The captured steps of one engine."""
 
-    def __init__(self, pool: PagePool, hidden_size: int, dtype: torch.dtype, context: int, forward: Forward) -> None:
+    def __init__(self, pool: TensorPool, hidden_size: int, dtype: torch.dtype, context: int, forward: Forward) -> None:
         self._make = lambda shape: FixedStep(pool, shape, hidden_size, dtype)
         self._context = context
         self._forward = forward

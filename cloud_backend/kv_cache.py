@@ -1,55 +1,37 @@
-"""KV memory: a fixed budget in pages that sessions take and give back, and the cache of one session made of them.
+"""KV memory as it is counted: a fixed budget in pages that sessions take and give back, and the cache of one session.
 
 All sessions of a model share one pool. A position of a sequence is a row of it, the same row in every layer, so a
-sequence is a list of rows wherever its pages lie, and what is cut, evicted or given back costs no copy.
+sequence is a list of rows wherever its pages lie, and what is cut, evicted or given back costs no copy. Where keys and
+values are stored is each engine's own matter: `tensor_pool` has torch's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from shared.wire import Array
 
+if TYPE_CHECKING:
+    import torch
+
 PAGE = 32  # positions
-RESERVED = 2  # pages that no session gets: see PagePool
 
 Rows = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class LayerShape:
-    """Of the keys and values that one position leaves in a layer."""
-
-    heads: int
-    key_size: int
-    value_size: int
-
-
 class PagePool:
-    """The keys and values of all sessions of a model.
+    """The pages of all sessions of a model: how many there are, and which are free."""
 
-    Row 0 is zero always: where sequences of different lengths are read side by side, it stands for what the shorter
-    ones lack. Whatever another session left in a page would do for finite values only, as 0 × NaN is NaN. The second
-    page takes what padded rows of a batch write.
-    """
-
-    def __init__(self, layers: Sequence[LayerShape], dtype: torch.dtype, device: torch.device, budget: int) -> None:
-        """budget: bytes. Memory is touched as it is used."""
-        self.device = device
-        self.page_bytes = PAGE * dtype.itemsize * sum(one.heads * (one.key_size + one.value_size) for one in layers)
-        self.pages = max(1, budget // self.page_bytes) if self.page_bytes else 0
-        self._free = list(range(self.pages + RESERVED - 1, RESERVED - 1, -1))  # the lowest is taken first
-        rows = (self.pages + RESERVED) * PAGE
-        # [heads, rows, size] a layer
-        self.keys = [torch.empty(one.heads, rows, one.key_size, dtype=dtype, device=device) for one in layers]
-        self.values = [torch.empty(one.heads, rows, one.value_size, dtype=dtype, device=device) for one in layers]
-        for tensor in (*self.keys, *self.values):
-            tensor[:, :PAGE] = 0
+    def __init__(self, page_bytes: int, budget: int, *, first: int = 0) -> None:
+        """page_bytes: the keys and values of a page's positions. budget: bytes. first: the number of the first page."""
+        self.page_bytes = page_bytes
+        self.pages = max(1, budget // page_bytes) if page_bytes else 0
+        self._free = list(range(first + self.pages - 1, first - 1, -1))  # the lowest is taken first
 
     @property
     def positions(self) -> int:
@@ -95,6 +77,19 @@ class Pages:
     def __len__(self) -> int:
         return len(self._held)
 
+    @classmethod
+    def of(cls, pool: PagePool, numbers: Sequence[int]) -> Pages:
+        """Those of these numbers, in a pool of which another process keeps the accounts."""
+        pages = cls(pool)
+        pages._held = list(numbers)
+        pages._number()
+        return pages
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Of the pages, in the order of what they hold."""
+        return tuple(self._held)
+
     def lacking(self, positions: int) -> int:
         """Pages to take before so many positions fit."""
         return max(0, -(-positions // PAGE) - len(self._held))
@@ -134,10 +129,11 @@ class Pages:
 
 @dataclass(frozen=True)
 class Last:
-    """The last position of a sequence: what went in [1, width], as it came, and the state [1, hidden] that came out."""
+    """The last position of a sequence: what went in [1, width], as it came, and what came out: the last hidden state
+    [1, hidden], or the row of logits [1, vocab] where that is what an engine has."""
 
     embedding: Array
-    hidden: torch.Tensor
+    state: torch.Tensor
 
 
 class KVCache:
@@ -158,6 +154,15 @@ class KVCache:
     def held(self) -> int:
         """Pages that it holds."""
         return len(self.pages) if self.pages is not None else 0
+
+    def reserve(self, positions: int) -> bool:
+        """Makes room for so many positions. False, and nothing changed, where too little is free."""
+        return self.pages is None or self.pages.reserve(positions)
+
+    def repeats(self, keep: int, embeddings: Array) -> bool:
+        """Whether these [n, width] behind `keep` positions are the last one again, as a device sends it to see its full
+        row. What came out of it is known then."""
+        return self.last is not None and keep == self.length - 1 and np.array_equal(self.last.embedding, embeddings)
 
     def reserve_source(self, length: int) -> bool:
         """Makes room for a source sequence, where the model reads one. False where too few pages are free."""

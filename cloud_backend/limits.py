@@ -29,6 +29,11 @@ class Limits:
     send_seconds: float = 30.0  # for a device to take a reply
     grace_seconds: float = 60.0  # for a device to come back to a session whose connection was lost
 
+    @property
+    def longest_frame(self) -> int:
+        """Bytes of the longest frame that gets an answer: a little beyond the limit it is an Error."""
+        return 2 * self.max_frame
+
 
 def check_append(message: Append, engine: Engine, limits: Limits, dtype: FloatName) -> None:
     """Raises RequestError where the engine or the limits do not allow an Append in a session of `dtype`."""

@@ -1,11 +1,11 @@
-"""Opens an exported cloud folder: checks it, loads the stock model, and chooses the engine for its kind."""
+"""Opens an exported cloud folder: checks it, chooses the engine for its kind and its weights, and loads it."""
 
 from __future__ import annotations
 
 import logging
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import torch
@@ -18,9 +18,12 @@ from cloud_backend.engine import Engine
 from cloud_backend.tensors import TORCH_DTYPES
 from cloud_backend.translation import TranslationEngine
 from cloud_backend.vision import ImageEncoderEngine, VisionEngine
-from shared.errors import BundleError
+from shared.errors import BundleError, UsageError
 from shared.manifest import CloudManifest, Kind, check_files, read_manifest
 from shared.wire import FloatName
+
+if TYPE_CHECKING:
+    from cloud_backend.ranks import Ranks
 
 log = logging.getLogger("stip.cloud")
 
@@ -49,35 +52,77 @@ ENGINES: dict[Kind, tuple[type[DecoderEngine] | type[EncoderEngine], tuple[str, 
 NVIDIA = Path("/dev/nvidiactl")  # where a machine has a card: a torch that does not see it is no reason to do without
 SHARE = {"cpu": 4, "cuda": 2}  # of the free memory that sessions get: one part in so many
 
+EngineName = Literal["auto", "torch", "llama.cpp"]
+RUN_BY: dict[str, EngineName] = {"safetensors": "torch", "gguf": "llama.cpp"}
+
 
 def open_context(
     folder: Path,
     *,
+    engine: EngineName = "auto",
     dtype: str = "auto",
     device: str = "auto",
     context: int | None = None,
     kv_bytes: int | None = None,
     verify: bool = False,
+    ranks: Ranks | None = None,
 ) -> tuple[CloudManifest, Engine]:
     """Checks an exported cloud folder and loads it. `verify` hashes every byte; shard headers are always checked.
 
-    kv_bytes: the budget of KV memory; None takes a share of what is free once the model is loaded.
+    engine: auto takes the one that runs weights of this kind. kv_bytes: the budget of KV memory; None takes a share of
+    what is free once the model is loaded.
+    ranks: the processes that share the model, where there are several; its device is theirs.
 
-    Raises BundleError where the folder is not whole, or holds a model that its kind does not fit.
+    Raises BundleError where the folder is not whole, or holds a model that its kind or the engine does not fit, and
+    UsageError where the engine is not there.
     """
     manifest = read_manifest(folder, CloudManifest)
+    check_engine(folder, manifest, engine)
     check_files(folder, manifest, contents=verify)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() or NVIDIA.exists() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
+    if manifest.weights == "gguf":
+        from cloud_backend.llama_opening import open_llama
+
+        if ranks is not None:
+            raise UsageError(
+                f"{folder}: --tensor-parallel: seen the engine llama.cpp, wanted torch",
+                hint="serve it without --tensor-parallel, or export it again without --gguf",
+            )
+        most = free_memory("cpu") // SHARE["cpu"]
+        return manifest, open_llama(
+            folder, manifest, dtype=dtype, device=device, context=context, kv_bytes=kv_bytes, most_kv_bytes=most
+        )
+    device = ranks.device if ranks is not None else device_called(device)
+    chosen = dtype_of(manifest, device) if dtype == "auto" else next(name for name in TORCH_DTYPES if name == dtype)
+    if ranks is not None:
+        from cloud_backend.tensor_parallel import open_split
+
+        return manifest, open_split(folder, manifest, chosen, context, kv_bytes, ranks)
+    kind, _ = ENGINES[manifest.kind]
+    model = load_model(folder, chosen, device)
+    return manifest, kind(model, chosen, context, kv_bytes or free_memory(device) // SHARE[device])
+
+
+def device_called(name: str) -> Literal["cpu", "cuda"]:
+    """The device that `auto`, `cpu` or `cuda` means on this machine. Raises BundleError where there is none such."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available() and not NVIDIA.exists()):
+        return "cpu"
+    if not torch.cuda.is_available():
         raise BundleError(
             "device cuda: torch finds no CUDA device",
             hint="install a build of torch that fits its driver, or say --device cpu",
         )
-    chosen = dtype_of(manifest, device) if dtype == "auto" else next(name for name in TORCH_DTYPES if name == dtype)
-    engine, _ = ENGINES[manifest.kind]
-    model = load_model(folder, chosen, device)
-    return manifest, engine(model, chosen, context, kv_bytes or free_memory(device) // SHARE[device])
+    return "cuda"
+
+
+def check_engine(folder: Path, manifest: CloudManifest, engine: EngineName) -> None:
+    """Raises BundleError where an engine does not run the weights of a folder."""
+    wanted = RUN_BY[manifest.weights]
+    if engine not in ("auto", wanted):
+        raise BundleError(
+            f"{folder}: its weights are {manifest.weights}, which {engine} does not run",
+            hint=f"serve it with --engine {wanted}; or export it again, "
+            + ("with --gguf q8_0" if engine == "llama.cpp" else "without --gguf"),
+        )
 
 
 def dtype_of(manifest: CloudManifest, device: str) -> FloatName:
@@ -101,18 +146,19 @@ def free_memory(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def load_model(folder: Path, dtype: FloatName, device: str) -> Any:
-    """The stock model of a folder, without what the manifest says is absent from it.
+def load_model(folder: Path, dtype: FloatName, device: str, **options: Any) -> Any:
+    """The stock model of a folder, without what the manifest says is absent from it. options: of `from_pretrained`.
 
     Raises BundleError if the checkpoint does not fit its architecture, or the architecture is not one of its kind.
     """
     manifest = read_manifest(folder, CloudManifest)
-    model, info = _stock_class(folder, manifest.kind).from_pretrained(
+    model, info = stock_class(folder, manifest.kind).from_pretrained(
         folder,
         dtype=TORCH_DTYPES[dtype],
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported, and refused below
         local_files_only=True,
+        **options,
     )
     missing = _tensors(model) - _stored(folder, manifest) - set(manifest.absent)
     if missing or info["unexpected_keys"] or info["mismatched_keys"]:
@@ -125,7 +171,7 @@ def load_model(folder: Path, dtype: FloatName, device: str) -> Any:
     return model.eval().to(device)
 
 
-def _stock_class(folder: Path, kind: Kind) -> Any:
+def stock_class(folder: Path, kind: Kind) -> Any:
     """The class of transformers that config.json names."""
     try:
         names = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).architectures or []

@@ -8,27 +8,19 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from functools import partial
 
-import torch
-
-from cloud_backend.engine import Engine
-from cloud_backend.listener import running, url
+from cloud_backend.listener import listening, url
 from cloud_backend.memory import give_back
-from cloud_backend.scheduler import Scheduler
-from cloud_backend.server import CloudServer
-from cloud_backend.session import Context
+from cloud_backend.serving import Serving, load_models
+from cloud_backend.tasks import running
 from cloud_backend.tls import Certificate
-from cloud_backend.warm_up import warm_up
-from shared.manifest import CloudManifest
 
 log = logging.getLogger("stip.cloud")
 FAREWELL_SECONDS = 5.0  # of the drain, for devices to be told and the step that runs to end; at most half of it
 FILES_BESIDE = 256  # sockets that open nothing, weights, libraries
-Load = Callable[[], tuple[CloudManifest, Engine]]
 
 
 @dataclass(frozen=True)
@@ -62,10 +54,21 @@ class _Stop:
         if self.loading:  # nobody is served yet, and a load in its thread cannot be interrupted
             os._exit(0)
         self.told.set()
-        # A step that is stuck would keep the process: its thread cannot be interrupted either.
-        self.last_resort = threading.Timer(self.drain_seconds, os._exit, [0])
-        self.last_resort.daemon = True
-        self.last_resort.start()
+        self.last_resort = self.force(0)
+
+    def force(self, status: int) -> threading.Timer:
+        """Ends the process when the drain has had its time.
+
+        A step that is stuck would keep it, and the interpreter too would wait: its thread cannot be interrupted.
+        """
+        last_resort = threading.Timer(self.drain_seconds, os._exit, [status])
+        last_resort.daemon = True
+        last_resort.start()
+        return last_resort
+
+    async def wait(self) -> None:
+        """Returns when the process is told to stop."""
+        await self.told.wait()
 
     def done(self) -> None:
         """The process ends by itself."""
@@ -73,43 +76,38 @@ class _Stop:
             self.last_resort.cancel()
 
 
-async def serve_until_stopped(
-    server: CloudServer,
-    scheduler: Scheduler,
-    loads: Sequence[Load],
-    at: Listening,
-    *,
-    threads: int | None,
-    drain_seconds: float,
-) -> None:
+async def serve_until_stopped(serving: Serving, at: Listening) -> None:
     """Listens, loads every model in the scheduler's thread, tries each out, and serves until SIGTERM or SIGINT.
 
     Then every request that was received is answered, every session is closed, and it returns; what is not done within
-    drain_seconds is left. A second signal ends the process at once. Raises StipError where it cannot listen, or a
-    model cannot be loaded.
-
-    threads: of torch; None: as many as torch takes.
+    drain_seconds is left. A second signal ends the process at once. Raises StipError where it cannot listen, a model
+    cannot be loaded, or what an engine computes with is gone.
     """
-    _allow_files(server.max_sessions)
+    server, drain_seconds = serving.server, serving.drain_seconds
+    _allow_files(server.limits.max_sessions)
     stop = _Stop(drain_seconds)
     tls = None if at.certificate is None else at.certificate.context
     server.health.loading = True
-    listening = server.listening(at.host, at.port, tls=tls, origins=at.origins, metrics_at=at.metrics_at)
     async with AsyncExitStack() as ending:
         ending.callback(stop.done)
         stop.listen()
-        listener = await ending.enter_async_context(listening)
+        opened = listening(server, at.host, at.port, tls=tls, origins=at.origins, metrics_at=at.metrics_at)
+        listener = await ending.enter_async_context(opened)
         if at.certificate is not None:
             await ending.enter_async_context(running("certificate", at.certificate.keep_fresh()))
-        if threads is not None:
-            await scheduler.call(partial(torch.set_num_threads, threads))  # of the thread that calls it alone
-        for load in loads:
-            server.add([await _loaded(scheduler, load)])
-        await ending.enter_async_context(running("memory", give_back(scheduler)))
+        await load_models(serving)
+        await ending.enter_async_context(running("memory", give_back(serving.scheduler)))
         server.health.loading = stop.loading = False
         log.info("listening on %s", url("wss" if tls else "ws", at.host, listener))
-        await stop.told.wait()
+        engines = server.health.engines
+        assert engines is not None
+        told = await ending.enter_async_context(running("the word to stop", stop.wait()))
+        await asyncio.wait([told, engines], return_when=asyncio.FIRST_COMPLETED)
+        if engines.done():
+            stop.force(1)
         await server.drain(max(drain_seconds - FAREWELL_SECONDS, drain_seconds / 2))
+        if engines.done():
+            engines.result()  # raises what they ended with
 
 
 def _allow_files(sessions: int) -> None:
@@ -121,11 +119,3 @@ def _allow_files(sessions: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     if most < wanted:
         log.warning("open files: the system allows %d, %d sessions want %d (ulimit -Hn)", most, sessions, wanted)
-
-
-async def _loaded(scheduler: Scheduler, load: Load) -> Context:
-    manifest, engine = await scheduler.call(load)
-    await warm_up(scheduler, engine, manifest.served_name)
-    fields = {"event": "serving", "model": manifest.served_name, "dtype": engine.dtype, "context": engine.context}
-    log.info("serving %s: %s, context %d", manifest.served_name, engine.dtype, engine.context, extra={"fields": fields})
-    return Context(manifest.served_name, manifest.key_id, engine)

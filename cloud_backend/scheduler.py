@@ -11,12 +11,13 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from cloud_backend.engine import AppendWork, Engine, Outcome, Work, failed
 from cloud_backend.kv_cache import KVCache
 from cloud_backend.turns import Job, Timed, Turns
-from shared.errors import RequestError
+from shared.errors import EngineError, RequestError
 
 log = logging.getLogger("stip.cloud")
 T = TypeVar("T")
@@ -44,6 +45,8 @@ class Scheduler:
         self._returning: set[KVCache] = set()  # who was answered in the last step
         self._return_until = 0.0
         self._failed = False  # no step will run any more
+        self._lost: EngineError | None = None
+        self._stop: Callable[[], object] = lambda: None  # ends `run`, from any thread
         self._wake = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "engine")
 
@@ -80,14 +83,21 @@ class Scheduler:
         else:
             cache.clear()
 
+    def lose(self, error: EngineError) -> None:
+        """From any thread: what an engine computes with is gone. `run` ends with the error, whatever step runs."""
+        self._lost = error
+        self._stop()
+
     async def run(self) -> None:
         """Serves jobs until cancelled; the step that is running then still ends.
 
-        Should it fail, requests are answered with `internal`, those that wait and those that come.
+        Should it fail, requests are answered with `internal`, those that wait and those that come. Raises EngineError
+        where what an engine computes with is gone.
         """
         loop = asyncio.get_running_loop()
+        self._stop = partial(loop.call_soon_threadsafe, asyncio.current_task().cancel)  # type: ignore[union-attr]
         try:
-            while True:
+            while self._lost is None:
                 await self._gather()
                 step = self._next_step()
                 if not step:
@@ -101,13 +111,23 @@ class Scheduler:
                 outcomes = await loop.run_in_executor(self._thread, _run, engine, [piece for _, piece in step])
                 self.step_began = None
                 self._finish(engine, step, outcomes, time.perf_counter() - started)
+            raise self._lost
         except Exception:
-            self._failed = True
-            for job in self._jobs:
-                job.end(failed())
+            self._fail()
             raise
+        except asyncio.CancelledError:
+            if self._lost is None:
+                raise
+            self._fail()
+            raise self._lost from None
         finally:
-            self._thread.shutdown(wait=True)
+            self._stop = lambda: None
+            self._thread.shutdown(wait=self._lost is None)  # else a step may wait for what is gone
+
+    def _fail(self) -> None:
+        self._failed = True
+        for job in self._jobs:
+            job.end(failed())
 
     async def _gather(self) -> None:
         """Waits a little for those who were just answered, so that steps are taken together rather than in halves."""
@@ -178,6 +198,8 @@ class Scheduler:
 def _run(engine: Engine, batch: list[Work]) -> list[Outcome]:
     try:
         return engine.run(batch)
+    except EngineError:
+        raise
     except Exception as error:  # the engine's own doing: the server and other engines go on
         log.error("engine failed: %s", type(error).__name__)  # its text could quote tensors
         return [failed() for _ in batch]

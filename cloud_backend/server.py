@@ -1,41 +1,37 @@
-"""The socket: a thin shell around sessions."""
+"""The cloud without its sockets: which sessions are open, who may open one, and what runs beside them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import ssl
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from websockets.asyncio.server import Server, ServerConnection
-from websockets.frames import CloseCode
-from websockets.typing import Origin
-
-from cloud_backend.admission import Allowance, CountedConnection, Doorstep
+from cloud_backend.admission import Allowance, Doorstep
 from cloud_backend.connection import Connection
 from cloud_backend.health import Health
-from cloud_backend.http import Pages
 from cloud_backend.leases import Leases
 from cloud_backend.limits import Limits
-from cloud_backend.listener import listen, nobody, running, url
 from cloud_backend.metrics import Metrics
 from cloud_backend.record import Record
 from cloud_backend.scheduler import Scheduler
 from cloud_backend.session import Context, Session
+from cloud_backend.sockets import Closed, Socket
+from cloud_backend.tasks import running
 from cloud_backend.tokens import Tokens
 from cloud_backend.watch import LOOK_SECONDS
-from shared.errors import RequestError, UsageError
-from shared.loopback import is_loopback
-from shared.wire import MAX_HEADER, SUBPROTOCOL, Open
+from shared.errors import RequestError
+from shared.wire import Open
 
 log = logging.getLogger("stip.cloud")
-LONGEST_OPEN = 4 + MAX_HEADER  # bytes
 
 
 class CloudServer:
-    """Serves contexts to devices over websockets. `health` and `metrics` are its own."""
+    """Serves contexts to devices, over sockets that `listener` or `asgi` brings.
+
+    health, metrics: its own. doorstep: where connections stand that have not opened a session.
+    """
 
     def __init__(
         self, contexts: Iterable[Context], limits: Limits, tokens: Tokens | None, scheduler: Scheduler | None = None
@@ -47,16 +43,16 @@ class CloudServer:
         self._scheduler = scheduler or Scheduler()
         self._connections: set[Connection] = set()
         self._leases = Leases(limits.grace_seconds, self._scheduler.release)
-        self._doorstep = Doorstep(limits.max_unopened if tokens else None)
+        self.doorstep = Doorstep(limits.max_unopened if tokens else None)
         self._allowances: dict[str, Allowance] = {}  # by the hash of the token that sessions share
         self.health = Health(self._scheduler, lambda: len(self._connections), limits.max_sessions)
         self.metrics = self._measured()
         self.add(contexts)
 
     @property
-    def max_sessions(self) -> int:
-        """Sessions that it takes at a time."""
-        return self._limits.max_sessions
+    def limits(self) -> Limits:
+        """What its sessions may ask for."""
+        return self._limits
 
     def add(self, contexts: Iterable[Context]) -> None:
         """Serves these contexts too."""
@@ -73,57 +69,22 @@ class CloudServer:
         self._scheduler.on_evict = metrics.evicted
         return metrics
 
+    @property
+    def takes_anyone(self) -> bool:
+        """Whether no token is wanted, so that it may be reached over loopback alone."""
+        return self._tokens is None
+
     @asynccontextmanager
-    async def listening(
-        self,
-        host: str,
-        port: int,
-        *,
-        tls: ssl.SSLContext | None = None,
-        origins: Iterable[str] = (),
-        metrics_at: tuple[str, int] | None = None,
-    ) -> AsyncIterator[Server]:
-        """The server, listening, until the block ends; then every session is told and closed.
+    async def working(self) -> AsyncIterator[None]:
+        """Runs the engines, and looks after tokens and sessions that nobody has, until the block ends.
 
-        On loopback it answers for its health and metrics too, beyond it for its health alone. metrics_at: the host and
-        port of a plain HTTP listener that answers for both.
-
-        Raises UsageError for a host beyond loopback without tokens, and for an address that cannot be had.
+        Sockets may be brought in it; they are to be gone at its end, for they wait for the engines.
         """
-        only_loopback = is_loopback(host)
-        if self._tokens is None and not only_loopback:
-            raise UsageError(
-                f"host {host}: seen an address beyond loopback and no token file",
-                hint="make a token with `stip-cloud token --token-file F`, then serve with --token-file F",
-            )
-        allowed = frozenset(origins)
-        shown = self.metrics if only_loopback else None
-        pages = Pages(self.health, shown, only_loopback, allowed, devices=True)
-        server = await listen(
-            "--port",
-            self._serve,
-            host,
-            port,
-            ssl=tls,
-            subprotocols=[SUBPROTOCOL],
-            origins=[None, *map(Origin, allowed)],
-            process_request=pages,
-            create_connection=type("Connection", (CountedConnection,), {"doorstep": self._doorstep}),
-            max_size=min(LONGEST_OPEN, 2 * self._limits.max_frame),  # until a session is open
-            max_queue=4,
-        )
-        async with AsyncExitStack() as ending:  # the server ends before the engines that its sessions wait for
+        async with AsyncExitStack() as ending:
             self.health.engines = await ending.enter_async_context(running("engines", self._scheduler.run()))
-            await ending.enter_async_context(server)
-            if metrics_at is not None:
-                pages = Pages(self.health, self.metrics, is_loopback(metrics_at[0]))
-                other = await listen("--metrics-port", nobody, *metrics_at, process_request=pages)
-                await ending.enter_async_context(other)
-                log.info("metrics on %s", url("http", metrics_at[0], other))
             await ending.enter_async_context(running("tokens", self._keep_tokens_fresh()))
             await ending.enter_async_context(running("leases", self._end_leases()))
-            yield server
-            await self._tell_everyone()
+            yield
 
     async def drain(self, seconds: float) -> None:
         """Lets nobody in any more, answers what was received, and ends each session when it has its answers.
@@ -152,14 +113,18 @@ class CloudServer:
             await asyncio.sleep(LOOK_SECONDS)
             self._leases.expire()
 
-    async def _serve(self, socket: ServerConnection) -> None:
+    async def serve(self, socket: Socket) -> None:
+        """Serves the device at a socket until it is closed. Its handshake is done."""
         session = Session(self._contexts, self._limits, lambda message: self._owner(connection, message), self._leases)
         connection = Connection(socket, session, self._scheduler, self._limits, Record(self.metrics))
-        if len(self._connections) >= self._limits.max_sessions:
-            session.fail(
-                "too_many_sessions", f"sessions: {len(self._connections)} are open, the most this server takes"
-            )
-            await connection.flush()
+        if self.health.draining:  # it came in while the door was being closed
+            session.fail("shutting_down", "the cloud stops")
+        elif len(self._connections) >= self._limits.max_sessions:
+            most = f"sessions: {len(self._connections)} are open, the most this server takes"
+            session.fail("too_many_sessions", most)
+        if session.closing is not None:
+            with contextlib.suppress(Closed):
+                await connection.flush()
             return
         self._connections.add(connection)
         try:
@@ -167,7 +132,7 @@ class CloudServer:
         finally:
             self._connections.discard(connection)
             # A device that says goodbye does not come back, nor is one welcome that was sent away.
-            session.leave(keep=session.closing is None and socket.close_code != CloseCode.NORMAL_CLOSURE)
+            session.leave(keep=session.closing is None and not socket.said_goodbye)
             connection.record.closed(len(self._connections))
 
     def _owner(self, connection: Connection, message: Open) -> str | None:
@@ -192,6 +157,7 @@ class CloudServer:
             connection.allowance = self._allowances.setdefault(digest, Allowance(rate))
         return digest
 
-    async def _tell_everyone(self) -> None:
+    async def farewell(self) -> None:
+        """Tells every device that the cloud stops, and closes its socket."""
         ends = (connection.end("shutting_down", "the cloud stops") for connection in self._connections)
         await asyncio.gather(*ends, return_exceptions=True)

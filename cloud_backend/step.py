@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from cloud_backend.grouping import groups
-from cloud_backend.kv_cache import PagePool, Pages, Rows
+from cloud_backend.kv_cache import Pages, Rows
+from cloud_backend.tensor_pool import TensorPool
 from cloud_backend.tensors import to_device
 
 MOST_TOGETHER = 16  # tokens of a sequence that is read beside others
@@ -84,14 +85,14 @@ class Group:
 class Step:
     """What one forward appends to which sequences, and where each reads."""
 
-    pool: PagePool
+    pool: TensorPool
     written: torch.Tensor  # [tokens], rows of the pool
     positions: torch.Tensor  # [1, tokens]
     groups: Sequence[Group]
     sources: Sequence[Group] = ()  # what cross-attention reads
 
 
-def step_of(pool: PagePool, spans: Sequence[Span]) -> Step:
+def step_of(pool: TensorPool, spans: Sequence[Span]) -> Step:
     """The step that appends `spans`, in the order of their tokens; see `order`."""
     device = pool.device
     written = to_device(np.concatenate([span.pages.rows[span.start : span.end] for span in spans]), device)

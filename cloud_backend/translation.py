@@ -13,8 +13,9 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from cloud_backend.attention import pooled_cache
 from cloud_backend.decoder import DecoderEngine, layer_shapes
 from cloud_backend.engine import AppendWork, EncodedRows, EncodeWant, EncodeWork, Outcome, Work, failed
-from cloud_backend.kv_cache import PAGE, KVCache, LayerShape, PagePool, Pages
+from cloud_backend.kv_cache import PAGE, KVCache, PagePool, Pages
 from cloud_backend.step import Span, Step
+from cloud_backend.tensor_pool import LayerShape
 from cloud_backend.tensors import finite
 from shared.errors import UsageError
 from shared.wire import DTYPES, FloatName

@@ -22,6 +22,7 @@ import torch
 from cloud_backend import opening
 from cloud_backend.engine import Engine
 from cloud_backend.limits import Limits
+from cloud_backend.listener import listening
 from cloud_backend.opening import open_context
 from cloud_backend.server import CloudServer
 from cloud_backend.session import Context
@@ -32,6 +33,7 @@ from device_app.connection import Address
 from examples.smollm2 import smollm2_gguf as smollm2_package
 from export import device_half
 from export.bundle import export_model
+from export.gguf_half import GgufName
 from export.scheme import Head, SchemeName
 from export.tokenizer import TokenizerReport
 from tests.checkpoints import make_checkpoint
@@ -92,27 +94,38 @@ def tokenizers_proved_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield
 
 
+ENGINES = ("torch", pytest.param("llama.cpp", marks=pytest.mark.llama))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Modules with ON_BOTH_ENGINES run what uses the tiny llama once on torch, once on llama.cpp."""
+    if getattr(metafunc.module, "ON_BOTH_ENGINES", False) and "tiny" in metafunc.fixturenames:
+        metafunc.parametrize("tiny", ENGINES, indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
 def tiny_exports(
     tiny_checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """Gives the exported folder (cloud/, device/) of a kind, made once. Do not change it: copy it first."""
-    made: dict[tuple[str, SchemeName, Head], Path] = {}
+    made: dict[tuple[str, SchemeName, Head, GgufName | None], Path] = {}
 
-    def exported(kind: str, scheme: SchemeName = "permutation", head: Head = "cloud") -> Path:
-        which = (kind, scheme, head)
+    def exported(
+        kind: str, scheme: SchemeName = "permutation", head: Head = "cloud", gguf: GgufName | None = None
+    ) -> Path:
+        which = (kind, scheme, head, gguf)
         if which not in made:
             made[which] = tmp_path_factory.mktemp("export") / kind
-            export_model(str(tiny_checkpoints(kind)), made[which], name=kind, scheme=scheme, head=head)
+            export_model(str(tiny_checkpoints(kind)), made[which], name=kind, scheme=scheme, head=head, gguf=gguf)
         return made[which]
 
     return exported
 
 
 @pytest.fixture(scope="session")
-def tiny(tiny_exports: Callable[[str], Path]) -> Path:
-    """The export of the tiny llama."""
-    return tiny_exports("llama")
+def tiny(request: pytest.FixtureRequest, tiny_exports: Callable[..., Path]) -> Path:
+    """The export of the tiny llama, for torch unless a test asks for another engine."""
+    return tiny_exports("llama", gguf="f32" if getattr(request, "param", "torch") == "llama.cpp" else None)
 
 
 @pytest.fixture(scope="session")
@@ -158,7 +171,7 @@ def run_cloud(
 
     async def serve() -> None:
         stop = asyncio.Event()
-        async with server.listening("127.0.0.1", 0, tls=tls) as listener:
+        async with listening(server, "127.0.0.1", 0, tls=tls) as listener:
             address.extend((listener.sockets[0].getsockname()[1], asyncio.get_running_loop(), stop))
             ready.set()
             await stop.wait()

@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from cloud_backend.engine import AppendWork, EncodeWork, LogitRows, Outcome, Work
-from cloud_backend.kv_cache import PAGE, KVCache, LayerShape, PagePool
+from cloud_backend.kv_cache import PAGE, KVCache, PagePool
 from cloud_backend.turns import Job, Timed, Turns
 from shared.errors import RequestError
 
@@ -19,7 +18,7 @@ PAGE_BYTES = PAGE * 4 * 2  # of one head with a key and a value of one number
 
 
 def pool_of(pages: int) -> PagePool:
-    return PagePool([LayerShape(1, 1, 1)], torch.float32, torch.device("cpu"), pages * PAGE_BYTES)
+    return PagePool(PAGE_BYTES, pages * PAGE_BYTES)
 
 
 class JobEngine:

@@ -18,39 +18,78 @@ from cloud_backend.answers import logit_rows
 from cloud_backend.decoder import DecoderEngine
 from cloud_backend.engine import AppendWork, HiddenRows, LogitRows
 from cloud_backend.kv_cache import PAGE, KVCache
+from cloud_backend.llama import LlamaEngine
 from cloud_backend.opening import open_context
+from export.bundle import export_model
+from export.gguf_half import GgufName
 from shared import wire
 from tests.checkpoints import SIZES, randomise
+from tests.conftest import ENGINES
 
-KINDS = ["llama", "mistral-window", "qwen2", "qwen3"]
+KINDS = {"torch": ["llama", "mistral-window", "qwen2", "qwen3"], "llama.cpp": ["llama", "qwen2", "qwen3", "gpt2"]}
 WIDTH, VOCAB, CONTEXT = (SIZES[name] for name in ("hidden_size", "vocab_size", "max_position_embeddings"))
 TOLERANCE = 1e-4  # float32: the order of sums differs with the pieces
 SEQUENCE = np.random.default_rng(5).normal(size=(40, WIDTH)).astype(np.float32)
+SEED = 7  # so that two exports of a model have one key
+every_kind = pytest.mark.parametrize(
+    ("engines", "kind"),
+    [
+        pytest.param(name, kind, marks=[pytest.mark.llama] if name == "llama.cpp" else [])
+        for name, kinds in KINDS.items()
+        for kind in kinds
+    ],
+    indirect=["engines"],
+)
+both_engines = pytest.mark.parametrize("engines", ENGINES, indirect=True)
 
 
 @pytest.fixture(scope="module")
-def engines(tiny_exports: Callable[[str], Path]) -> Callable[[str], DecoderEngine]:
-    made: dict[str, DecoderEngine] = {}
+def exports(
+    tiny_checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, GgufName | None], Path]:
+    """Gives the cloud folder of a kind, in safetensors or as GGUF, always under the same key."""
+    made: dict[tuple[str, GgufName | None], Path] = {}
 
-    def engine(kind: str) -> DecoderEngine:
+    def exported(kind: str, gguf: GgufName | None) -> Path:
+        if (kind, gguf) not in made:
+            out = tmp_path_factory.mktemp("seeded") / kind
+            export_model(str(tiny_checkpoints(kind)), out, name=kind, gguf=gguf, drafts="none", seed=SEED)
+            made[kind, gguf] = out
+        return made[kind, gguf] / "cloud"
+
+    return exported
+
+
+@pytest.fixture(scope="module")
+def engines(request: pytest.FixtureRequest, exports: Callable[[str, GgufName | None], Path]) -> Callable[[str], Any]:
+    """Gives the engine of a kind: torch's, or llama.cpp's."""
+    made: dict[str, Any] = {}
+    weights: GgufName | None = "f32" if request.param == "llama.cpp" else None
+
+    def engine(kind: str) -> Any:
         if kind not in made:
-            made[kind] = open_context(tiny_exports(kind) / "cloud", device="cpu")[1]
+            _, made[kind] = open_context(exports(kind, weights), engine=request.param, device="cpu", kv_bytes=2**26)
         return made[kind]
 
     return engine
 
 
 @pytest.fixture(scope="module")
-def stock(tiny_exports: Callable[[str], Path]) -> Callable[[str], Any]:
+def stock(exports: Callable[[str, GgufName | None], Path]) -> Callable[[str], Any]:
     """The stock model of an exported cloud folder, as plain transformers loads it."""
     made: dict[str, Any] = {}
 
     def model(kind: str) -> Any:
         if kind not in made:
-            made[kind] = AutoModelForCausalLM.from_pretrained(tiny_exports(kind) / "cloud", dtype=torch.float32).eval()
+            made[kind] = AutoModelForCausalLM.from_pretrained(exports(kind, None), dtype=torch.float32).eval()
         return made[kind]
 
     return model
+
+
+def tolerance(kind: str, engine: Any) -> float:
+    """llama.cpp looks GELU up in a table of float16."""
+    return 2e-2 if kind == "gpt2" and isinstance(engine, LlamaEngine) else TOLERANCE
 
 
 @torch.inference_mode()
@@ -61,7 +100,7 @@ def whole(model: Any, embeddings: np.ndarray) -> np.ndarray:
 
 
 def run(
-    engine: DecoderEngine,
+    engine: Any,
     cache: KVCache,
     keep: int,
     embeddings: np.ndarray,
@@ -90,11 +129,11 @@ def llama(seed: int = 0, **changes: Any) -> Any:
 plans = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 12) | st.just(0)) | st.none(), min_size=1, max_size=8)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(plan=plans, seed=st.integers(0, 2**32 - 1))
 def test_any_pieces_and_cuts_give_the_logits_of_one_whole_forward(
-    engines: Callable[[str], DecoderEngine],
+    engines: Callable[[str], Any],
     stock: Callable[[str], Any],
     kind: str,
     plan: list[tuple[int, int] | None],
@@ -109,20 +148,20 @@ def test_any_pieces_and_cuts_give_the_logits_of_one_whole_forward(
         if step is None and len(held):
             piece = held[-1:]
         held = np.concatenate([held[:keep], piece])
-        if len(held) > CONTEXT:
+        if len(held) > engine.context:
             break
         result = run(engine, cache, keep, piece)
-        np.testing.assert_allclose(result.values, whole(stock(kind), held)[keep:], rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(result.values, whole(stock(kind), held)[keep:], rtol=0, atol=tolerance(kind, engine))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_one_by_one_gives_the_logits_of_one_whole_forward(
-    engines: Callable[[str], DecoderEngine], stock: Callable[[str], Any], kind: str
+    engines: Callable[[str], Any], stock: Callable[[str], Any], kind: str
 ) -> None:
     engine = engines(kind)
     cache = engine.new_cache()
     rows = [run(engine, cache, at, SEQUENCE[at : at + 1]).values[0] for at in range(len(SEQUENCE))]
-    np.testing.assert_allclose(rows, whole(stock(kind), SEQUENCE), rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(rows, whole(stock(kind), SEQUENCE), rtol=0, atol=tolerance(kind, engine))
 
 
 def test_the_window_of_the_sliding_model_matters_at_this_length(stock: Callable[[str], Any]) -> None:
@@ -133,9 +172,8 @@ def test_the_window_of_the_sliding_model_matters_at_this_length(stock: Callable[
     assert not np.allclose(whole(stock("llama"), far)[-1], whole(stock("llama"), SEQUENCE)[-1], atol=TOLERANCE)
 
 
-def test_two_sequences_side_by_side_do_not_mix(
-    engines: Callable[[str], DecoderEngine], stock: Callable[[str], Any]
-) -> None:
+@both_engines
+def test_two_sequences_side_by_side_do_not_mix(engines: Callable[[str], Any], stock: Callable[[str], Any]) -> None:
     engine = engines("llama")
     caches = [engine.new_cache(), engine.new_cache()]
     sequences = [SEQUENCE[:12], SEQUENCE[20:32]]
@@ -147,24 +185,25 @@ def test_two_sequences_side_by_side_do_not_mix(
         np.testing.assert_allclose(rows[k], whole(stock("llama"), sequences[k]), rtol=0, atol=TOLERANCE)
 
 
-def test_rows_are_those_of_the_last_embeddings(engines: Callable[[str], DecoderEngine]) -> None:
+@both_engines
+def test_rows_are_those_of_the_last_embeddings(engines: Callable[[str], Any]) -> None:
     engine = engines("llama")
     all_rows = run(engine, engine.new_cache(), 0, SEQUENCE).values
     last = run(engine, engine.new_cache(), 0, SEQUENCE, rows=3).values
     np.testing.assert_allclose(last, all_rows[-3:], rtol=0, atol=TOLERANCE)
 
 
+@both_engines
 @pytest.mark.parametrize("top_k", [0, 5])
-def test_no_rows_still_fill_the_cache(engines: Callable[[str], DecoderEngine], top_k: int) -> None:
+def test_no_rows_still_fill_the_cache(engines: Callable[[str], Any], top_k: int) -> None:
     engine = engines("llama")
     cache = engine.new_cache()
     result = run(engine, cache, 0, SEQUENCE, rows=0, top_k=top_k)
     assert (len(result.values), len(result.ids), result.log_sum_exp.shape, cache.length) == (0, 0, (0, 2), 40)
 
 
-def test_hidden_rows_are_what_the_classifier_reads(
-    engines: Callable[[str], DecoderEngine], stock: Callable[[str], Any]
-) -> None:
+@both_engines
+def test_hidden_rows_are_what_the_classifier_reads(engines: Callable[[str], Any], stock: Callable[[str], Any]) -> None:
     engine, model = engines("llama"), stock("llama")
     result = run(engine, engine.new_cache(), 0, SEQUENCE, rows=4, want="hidden")
     assert isinstance(result, HiddenRows)
@@ -276,17 +315,21 @@ def sorted_row(row: np.ndarray) -> np.ndarray:
     return np.lexsort((np.arange(len(row)), -row))
 
 
+@both_engines
 @pytest.mark.parametrize("top_k", [1, 2, 17, VOCAB - 1, VOCAB])
-def test_top_k_is_the_head_of_the_sorted_full_row(engines: Callable[[str], DecoderEngine], top_k: int) -> None:
+def test_top_k_is_the_head_of_the_sorted_full_row(engines: Callable[[str], Any], top_k: int) -> None:
     engine = engines("llama")
-    full = run(engine, engine.new_cache(), 0, SEQUENCE).values
-    top = run(engine, engine.new_cache(), 0, SEQUENCE, top_k=top_k)
+    cache = engine.new_cache()
+    full = run(engine, cache, 0, SEQUENCE).values
+    cache.clear()  # so that the same cells are summed over in the same order
+    top = run(engine, cache, 0, SEQUENCE, top_k=top_k)
     order = np.array([sorted_row(row)[:top_k] for row in full])
     assert np.array_equal(top.ids, order)
     assert np.array_equal(top.values, np.take_along_axis(full, order, -1))
 
 
-def test_more_than_the_vocabulary_is_the_vocabulary(engines: Callable[[str], DecoderEngine]) -> None:
+@both_engines
+def test_more_than_the_vocabulary_is_the_vocabulary(engines: Callable[[str], Any]) -> None:
     engine = engines("llama")
     assert run(engine, engine.new_cache(), 0, SEQUENCE[:2], top_k=VOCAB + 500).ids.shape == (2, VOCAB)
 
@@ -324,10 +367,11 @@ def test_every_id_above_the_smallest_value_is_there(row: list[float], top_k: int
     assert {i for i, value in enumerate(row) if value > smallest} <= set(top.ids[0].tolist())
 
 
+@both_engines
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 1.7, 100.0, 0.01])
 @pytest.mark.parametrize("top_k", [0, 8])
 def test_log_sum_exp_is_over_the_whole_vocabulary_at_both_temperatures(
-    engines: Callable[[str], DecoderEngine], temperature: float, top_k: int
+    engines: Callable[[str], Any], temperature: float, top_k: int
 ) -> None:
     engine = engines("llama")
     full = run(engine, engine.new_cache(), 0, SEQUENCE).values.astype(np.float64)
@@ -341,7 +385,8 @@ def test_log_sum_exp_is_over_the_whole_vocabulary_at_both_temperatures(
     np.testing.assert_allclose(result.log_sum_exp, expected, rtol=1e-6, atol=1e-5)
 
 
-def test_full_rows_come_without_ids(engines: Callable[[str], DecoderEngine]) -> None:
+@both_engines
+def test_full_rows_come_without_ids(engines: Callable[[str], Any]) -> None:
     engine = engines("llama")
     result = run(engine, engine.new_cache(), 0, SEQUENCE[:3], top_k=0)
     assert (result.values.shape, result.ids.shape, result.ids.dtype) == ((3, VOCAB), (3, 0), np.uint32)
@@ -445,7 +490,8 @@ def test_hidden_states_that_are_not_finite_are_a_failure() -> None:
     assert run(engine, engine.new_cache(), 0, SEQUENCE, want="hidden").code == "internal"
 
 
-def test_a_temperature_close_to_zero_is_no_failure_of_the_model(engines: Callable[[str], DecoderEngine]) -> None:
+@both_engines
+def test_a_temperature_close_to_zero_is_no_failure_of_the_model(engines: Callable[[str], Any]) -> None:
     engine = engines("llama")
     result = run(engine, engine.new_cache(), 0, SEQUENCE[:1], top_k=4, temperature=1e-4)
     assert np.isfinite(result.log_sum_exp).all()

@@ -20,7 +20,7 @@ from cloud_backend.tokens import add_token
 from shared import wire
 from tests.cloud_backend.device import PATIENCE, Device, decode_greedily, dial, open_of, table
 from tests.cloud_backend.hostile import ATTACKS
-from tests.conftest import run_cloud_process
+from tests.conftest import ENGINES, run_cloud_process
 from tests.processes import Held, at_rest, eventually, held_by, metric
 
 pytestmark = pytest.mark.alone
@@ -149,10 +149,10 @@ def test_a_token_has_so_many_sessions_and_another_token_its_own(guarded: Guarded
 # --- embeddings that no model was made for ---
 
 
-@pytest.fixture(scope="module")
-def layer_norms(tiny_exports: Callable[[str], Path]) -> Iterator[tuple[str, Path]]:
+@pytest.fixture(scope="module", params=ENGINES)
+def layer_norms(request: pytest.FixtureRequest, tiny_exports: Callable[..., Path]) -> Iterator[tuple[str, Path]]:
     """A server of a model that makes NaN of what is too large: its norms subtract the mean. And its export."""
-    export = tiny_exports("gpt2")
+    export = tiny_exports("gpt2", gguf="f32" if request.param == "llama.cpp" else None)
     with run_cloud_process(export / "cloud") as (url, _):
         yield url, export
 

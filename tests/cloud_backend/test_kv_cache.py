@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from cloud_backend.kv_cache import PAGE, RESERVED, KVCache, Last, LayerShape, PagePool, Pages
+from cloud_backend.kv_cache import PAGE, KVCache, Last, PagePool, Pages
+from cloud_backend.tensor_pool import RESERVED, LayerShape, TensorPool
 
 SHAPE = LayerShape(heads=2, key_size=3, value_size=5)
 PAGE_BYTES = PAGE * 4 * 2 * (3 + 5)  # of SHAPE in float32
 
 
-def pool_of(pages: int, layers: int = 1) -> PagePool:
-    return PagePool([SHAPE] * layers, torch.float32, torch.device("cpu"), pages * PAGE_BYTES * layers)
+def pool_of(pages: int, layers: int = 1) -> TensorPool:
+    return TensorPool([SHAPE] * layers, torch.float32, torch.device("cpu"), pages * PAGE_BYTES * layers)
 
 
 def holding(pool: PagePool, *pages: int) -> Pages:
@@ -139,7 +140,7 @@ def test_the_page_behind_the_last_is_preferred() -> None:
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize(("extra", "pages"), [(0, 4), (PAGE_BYTES - 1, 4), (-1, 3)])
 def test_as_many_pages_as_the_budget_holds(layers: int, extra: int, pages: int) -> None:
-    pool = PagePool([SHAPE] * layers, torch.float32, torch.device("cpu"), (4 * PAGE_BYTES + extra) * layers)
+    pool = TensorPool([SHAPE] * layers, torch.float32, torch.device("cpu"), (4 * PAGE_BYTES + extra) * layers)
     assert (pool.pages, pool.positions, pool.budget) == (pages, pages * PAGE, pages * PAGE_BYTES * layers)
 
 
@@ -148,11 +149,11 @@ def test_a_budget_of_less_than_a_page_is_one_page() -> None:
 
 
 def test_half_the_bytes_a_value_make_twice_the_pages() -> None:
-    assert PagePool([SHAPE], torch.bfloat16, torch.device("cpu"), 4 * PAGE_BYTES).pages == 8
+    assert TensorPool([SHAPE], torch.bfloat16, torch.device("cpu"), 4 * PAGE_BYTES).pages == 8
 
 
 def test_all_tensors_hold_every_row_of_the_budget() -> None:
-    pool = PagePool([SHAPE, LayerShape(4, 2, 2)], torch.float32, torch.device("cpu"), 2**16)
+    pool = TensorPool([SHAPE, LayerShape(4, 2, 2)], torch.float32, torch.device("cpu"), 2**16)
     rows = (pool.pages + RESERVED) * PAGE
     assert [tuple(tensor.shape) for tensor in pool.keys] == [(2, rows, 3), (4, rows, 2)]
     assert [tuple(tensor.shape) for tensor in pool.values] == [(2, rows, 5), (4, rows, 2)]

@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 
 from cloud_backend.limits import Limits
+from cloud_backend.listener import listening
 from cloud_backend.server import CloudServer
 from cloud_backend.tokens import Tokens, add_token
 from shared import wire
 from shared.errors import UsageError
 from tests.cloud_backend.asking import eventually, exchange, get, samples
 from tests.cloud_backend.device import Device, close_code, dial, encode, open_of, table
+from tests.cloud_backend.faults import failing
 from tests.conftest import RunningCloud, run_cloud
 
+ON_BOTH_ENGINES = True
 EMBEDDINGS = table()
 
 
@@ -101,17 +104,12 @@ def test_a_prompt_of_one_position_has_a_first_token(cloud: RunningCloud, tiny: P
 def test_a_prompt_that_fails_gives_no_first_token(cloud: RunningCloud, tiny: Path) -> None:
     with Device(cloud.url, open_of(tiny)) as device:
         device.rows(0, EMBEDDINGS[:2], rows=0)
-        failing = cloud.engine._model.model.layers[-1].register_forward_pre_hook(fail)  # type: ignore[attr-defined]
-        assert device.ask(device.append(2, EMBEDDINGS[:3])).code == "internal"
-        failing.remove()
+        with failing(cloud.engine):
+            assert device.ask(device.append(2, EMBEDDINGS[:3])).code == "internal"
         device.rows(2, EMBEDDINGS[:1])
     seen = samples(cloud.url)
     assert seen["stip_first_token_seconds_count", "llama"] == 0
     assert (seen["stip_positions_total", "llama"], seen["stip_requests_total", "llama"]) == (3, 3)
-
-
-def fail(*_: object) -> None:
-    raise RuntimeError
 
 
 def test_the_prompt_of_a_translation_begins_with_its_source(tiny_exports: Callable[[str], Path]) -> None:
@@ -195,7 +193,7 @@ def test_beyond_loopback_metrics_are_shown_on_their_own_port_alone(
 
     async def ask() -> None:
         server = CloudServer([], Limits(), Tokens(tmp_path / "tokens.txt"))
-        async with server.listening("0.0.0.0", 0, metrics_at=("127.0.0.1", 0)) as listener:
+        async with listening(server, "0.0.0.0", 0, metrics_at=("127.0.0.1", 0)) as listener:
             main = f"ws://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
             other = metrics_url(caplog.messages)
             statuses = [
@@ -214,7 +212,7 @@ def test_beyond_loopback_metrics_are_shown_on_their_own_port_alone(
 
 def test_a_metrics_port_in_use_names_its_option(cloud: RunningCloud) -> None:
     async def listen(taken: int) -> None:
-        async with CloudServer([], Limits(), None).listening("127.0.0.1", 0, metrics_at=("127.0.0.1", taken)):
+        async with listening(CloudServer([], Limits(), None), "127.0.0.1", 0, metrics_at=("127.0.0.1", taken)):
             pass
 
     with pytest.raises(UsageError, match="in use") as caught:

@@ -25,6 +25,7 @@ from cloud_backend.opening import open_context
 from cloud_backend.process import Listening, _allow_files, serve_until_stopped
 from cloud_backend.scheduler import Scheduler
 from cloud_backend.server import CloudServer
+from cloud_backend.serving import Serving
 from cloud_backend.tokens import add_token
 from cloud_backend.warm_up import warm_up
 from shared import wire
@@ -142,7 +143,7 @@ def test_a_server_that_loads_listens_says_so_and_lets_nobody_in(tiny: Path, capl
     async def live() -> None:
         server = CloudServer([], Limits(), None, scheduler)
         at = Listening("127.0.0.1", port)
-        serving = asyncio.create_task(serve_until_stopped(server, scheduler, [load], at, threads=2, drain_seconds=5))
+        serving = asyncio.create_task(serve_until_stopped(Serving(server, scheduler, [load], 2, 5.0), at))
         knocking = asyncio.create_task(asyncio.to_thread(knock))
         await asyncio.wait([serving, knocking], return_when=asyncio.FIRST_COMPLETED)
         go.set()
@@ -206,7 +207,7 @@ def test_a_model_whose_first_forward_fails_is_not_served(tiny: Path) -> None:
     at = Listening("127.0.0.1", 0)
     server = CloudServer([], Limits(), None, scheduler)
     with pytest.raises(BundleError, match="llama: its first forward failed") as caught:
-        asyncio.run(serve_until_stopped(server, scheduler, [broken], at, threads=None, drain_seconds=1))
+        asyncio.run(serve_until_stopped(Serving(server, scheduler, [broken], None, 1.0), at))
     assert caught.value.hint
 
 

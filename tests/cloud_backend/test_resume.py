@@ -21,6 +21,7 @@ from tests.checkpoints import SIZES
 from tests.cloud_backend.device import PATIENCE, Device, close, close_code, engine_step, open_of, table
 from tests.conftest import RunningCloud, run_cloud
 
+ON_BOTH_ENGINES = True
 EMBEDDINGS = table()
 PAGE_BYTES = PAGE * 4 * SIZES["num_hidden_layers"] * 2 * 2 * 8  # keys and values of 2 heads of 8 in float32
 

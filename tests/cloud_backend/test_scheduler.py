@@ -11,6 +11,7 @@ import pytest
 
 from cloud_backend.kv_cache import PAGE
 from cloud_backend.scheduler import Scheduler
+from shared.errors import EngineError
 from tests.cloud_backend.held_engine import CHUNK, PATIENCE, HeldEngine, code, drive, eventually, filled, submitted
 from tests.cloud_backend.list_jobs import append
 
@@ -184,3 +185,36 @@ def test_who_lost_memory_to_others_is_counted_and_told() -> None:
         assert code(await scheduler.submit(engine, append(cache, 1, keep=3 * PAGE))) == "out_of_step"
 
     drive(test, HeldEngine(pages=4))
+
+
+# --- what an engine computes with is gone ---
+
+
+def test_whoever_waits_is_answered_when_an_engine_is_lost_whatever_step_runs() -> None:
+    async def test() -> None:
+        scheduler, engine = Scheduler(), HeldEngine()
+        ended = asyncio.create_task(scheduler.run())
+        requests = [submitted(scheduler, engine, append(engine.new_cache(), 2)) for _ in range(2)]
+        await eventually(lambda: len(engine.steps) == 1)
+        requests.append(submitted(scheduler, engine, append(engine.new_cache(), 2)))
+        await asyncio.to_thread(scheduler.lose, EngineError("gone"))
+        assert [code(await request) for request in requests] == ["internal"] * 3
+        with pytest.raises(EngineError, match="gone"):
+            await ended
+        assert code(await scheduler.submit(engine, append(engine.new_cache(), 2))) == "internal"
+        engine.let()
+
+    asyncio.run(test())
+
+
+def test_an_engine_that_says_it_is_lost_ends_the_scheduler() -> None:
+    async def test() -> None:
+        scheduler, engine = Scheduler(), HeldEngine()
+        ended = asyncio.create_task(scheduler.run())
+        engine.failure = EngineError("gone")
+        engine.let()
+        assert code(await scheduler.submit(engine, append(engine.new_cache(), 2))) == "internal"
+        with pytest.raises(EngineError, match="gone"):
+            await ended
+
+    asyncio.run(test())

@@ -23,11 +23,11 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-import torch
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from cloud_backend.cli import main
 from cloud_backend.limits import Limits
+from cloud_backend.listener import listening
 from cloud_backend.opening import open_context
 from cloud_backend.server import CloudServer
 from cloud_backend.tokens import Tokens, add_token
@@ -37,8 +37,10 @@ from shared.errors import UsageError
 from shared.levels import limit
 from tests.cloud_backend.asking import eventually, get
 from tests.cloud_backend.device import PATIENCE, Device, close_code, decode_greedily, dial, engine_step, open_of, table
+from tests.cloud_backend.faults import computing_nan, failing
 from tests.conftest import RunningCloud, run_cloud, run_cloud_process
 
+ON_BOTH_ENGINES = True
 EMBEDDINGS = table()
 TOKEN = "stip_wrong-token-of-a-test"
 VALUE = 0.7310585786  # in the embeddings of the logged session; found nowhere else
@@ -126,7 +128,7 @@ def test_no_origin_is_let_in(cloud: RunningCloud, tiny: Path) -> None:
 
 
 async def listen(server: CloudServer, host: str, **options: Any) -> None:
-    async with server.listening(host, 0, **options):
+    async with listening(server, host, 0, **options):
         pass
 
 
@@ -145,9 +147,9 @@ def test_a_host_beyond_loopback_with_tokens_is_served(tmp_path: Path) -> None:
 def test_a_port_in_use_is_refused_with_a_hint() -> None:
     async def twice() -> None:
         server = CloudServer([], Limits(), None)
-        async with server.listening("127.0.0.1", 0) as listener:
+        async with listening(server, "127.0.0.1", 0) as listener:
             taken = listener.sockets[0].getsockname()[1]
-            async with CloudServer([], Limits(), None).listening("127.0.0.1", taken):
+            async with listening(CloudServer([], Limits(), None), "127.0.0.1", taken):
                 pass
 
     with pytest.raises(UsageError, match="in use") as caught:
@@ -160,7 +162,7 @@ def test_only_an_allowed_origin_is_let_in() -> None:
         from websockets.asyncio.client import connect
 
         server, statuses = CloudServer([], Limits(), None), []
-        async with server.listening("127.0.0.1", 0, origins=["https://page.example"]) as listener:
+        async with listening(server, "127.0.0.1", 0, origins=["https://page.example"]) as listener:
             url = f"ws://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
             for origin in ("https://page.example", "https://evil.example", "https://page.example.evil.example"):
                 try:
@@ -429,23 +431,17 @@ def faulty(tiny: Path) -> Iterator[RunningCloud]:
 
 
 def test_a_failing_model_is_internal_and_the_session_goes_on_from_keep(faulty: RunningCloud, tiny: Path) -> None:
-    def fail(*_: Any) -> None:
-        raise RuntimeError("secret detail")
-
     with Device(faulty.url, open_of(tiny)) as device:
         device.rows(0, EMBEDDINGS[:5])
-        failure = faulty.engine._model.model.layers[-1].register_forward_pre_hook(fail)  # type: ignore[attr-defined]
-        error = device.ask(device.append(4, EMBEDDINGS[:1]))
-        failure.remove()
+        with failing(faulty.engine):
+            error = device.ask(device.append(4, EMBEDDINGS[:1]))
         assert (error.code, error.seq, error.kv_length) == ("internal", 2, 4)
         assert "secret" not in error.message
         device.rows(4, EMBEDDINGS[4:5])
 
 
 def test_a_model_that_computes_nan_is_internal(faulty: RunningCloud, tiny: Path) -> None:
-    with torch.no_grad():
-        faulty.engine._model.model.norm.weight[3] = torch.nan  # type: ignore[attr-defined]
-    with Device(faulty.url, open_of(tiny)) as device:
+    with computing_nan(faulty.engine), Device(faulty.url, open_of(tiny)) as device:
         error = device.ask(device.append(0, EMBEDDINGS[:5]))
         assert (type(error), getattr(error, "code", None)) == (wire.Error, "internal")
 
@@ -453,12 +449,11 @@ def test_a_model_that_computes_nan_is_internal(faulty: RunningCloud, tiny: Path)
 def test_the_failure_of_one_session_does_not_touch_another(faulty: RunningCloud, tiny: Path) -> None:
     expected = decode_greedily(engine_step(open_context(tiny / "cloud", device="cpu")[1]), 12)
 
-    def fail_when_long(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        if inputs[0].shape[1] > 1:
-            raise RuntimeError
-
-    faulty.engine._model.model.layers[-1].register_forward_pre_hook(fail_when_long)  # type: ignore[attr-defined]
-    with Device(faulty.url, open_of(tiny)) as good, Device(faulty.url, open_of(tiny)) as bad:
+    with (
+        failing(faulty.engine, lambda tokens: max(tokens) > 1),
+        Device(faulty.url, open_of(tiny)) as good,
+        Device(faulty.url, open_of(tiny)) as bad,
+    ):
 
         def step(keep: int, embeddings: np.ndarray) -> np.ndarray:
             assert bad.ask(bad.append(0, EMBEDDINGS[:3])).code == "internal"
@@ -886,7 +881,8 @@ def test_the_log_holds_no_ids(ended: Ended) -> None:
 def test_the_log_is_names_and_counts_alone(ended: Ended) -> None:
     known = re.compile(
         r"(serving llama: float32, context 256|llama: permutation is not encryption: .*|listening on ws://127\.0\.0\.1:\d+"
-        r"|session opened on llama|session closed, \d open|stopping)"
+        r"|session opened on llama|session closed, \d open|stopping"
+        r"|llama: llama\.cpp, f32; KV memory in float32: \d+ MiB, \d+ positions)"
     )
     for line in ended.log:
         fields = json.loads(line) if line.startswith("{") else {"message": line.removeprefix("stip-cloud: ")}

@@ -18,6 +18,7 @@ from device_app.connection import Address
 from shared.errors import BundleError, Cancelled, RefusedError, UnreachableError, UsageError
 from tests.conftest import RunningCloud, open_assistant, run_cloud
 
+ON_BOTH_ENGINES = True
 CONTEXT = 256
 QUESTION = [{"role": "user", "content": "the cat sat on the mat"}]
 WARM = Sampling(temperature=1.0, seed=3)

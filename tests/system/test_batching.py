@@ -17,6 +17,7 @@ from device_app.connection import Address
 from tests.conftest import run_cloud_process
 from tests.processes import metric
 
+ON_BOTH_ENGINES = True
 TEXT = "the cat sat on the mat, and the dog sang in the rain; then all of them went home together"
 SERVED, STEPS = "stip_step_sessions_sum", "stip_step_sessions_count"
 LONGEST_RUN = 120.0  # seconds; longer is a hang

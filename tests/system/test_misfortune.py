@@ -29,6 +29,7 @@ from tests.processes import eventually
 from tests.system.line import Line
 from tests.terminals import Terminal
 
+ON_BOTH_ENGINES = True
 QUESTION: Any = [{"role": "user", "content": "the cat sat on the mat"}]
 TOKENS = 200
 AT_ONCE = 0.7  # seconds

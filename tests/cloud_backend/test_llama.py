@@ -1,0 +1,272 @@
+"""The engine on llama.cpp: what it counts, what it forgets, and files that it does not take."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import msgspec
+import numpy as np
+import pytest
+
+from cloud_backend.engine import AppendWork, HiddenRows, LogitRows
+from cloud_backend.kv_cache import PAGE
+from cloud_backend.llama import LlamaCache, LlamaEngine
+from cloud_backend.llama_library import library
+from cloud_backend.opening import open_context
+from shared.errors import BundleError, UsageError
+from shared.manifest import CloudManifest, file_entry, read_manifest, write_manifest
+from shared.wire import Array
+from tests.cloud_backend.device import close, table
+from tests.cloud_backend.faults import failing
+
+EMBEDDINGS = table()
+
+
+@pytest.fixture(scope="module")
+def half(tiny_exports: Callable[..., Path]) -> Path:
+    """The cloud folder of the tiny llama as GGUF."""
+    return tiny_exports("llama", gguf="f32") / "cloud"
+
+
+def opened(folder: Path, **options: Any) -> LlamaEngine:
+    _, engine = open_context(folder, device="cpu", **options)
+    assert isinstance(engine, LlamaEngine)
+    return engine
+
+
+def append(cache: Any, keep: int, embeddings: Array, *, rows: int = 1, **fields: Any) -> AppendWork:
+    given = {"want": "logits", "top_k": 0, "temperature": 1.0, "dtype": "float32"} | fields
+    return AppendWork(cache, keep, embeddings, rows, **given)
+
+
+def run(engine: LlamaEngine, *works: AppendWork) -> list[Any]:
+    for work in works:
+        assert work.reserve()
+    return engine.run(works)
+
+
+def rows(engine: LlamaEngine, cache: Any, keep: int, embeddings: Array) -> Array:
+    """The full row behind the last embedding."""
+    (result,) = run(engine, append(cache, keep, embeddings))
+    assert isinstance(result, LogitRows)
+    return result.values
+
+
+# --- sequences that come and go ---
+
+
+@pytest.mark.llama
+def test_a_session_without_a_sequence_number_waits_until_one_is_given_back(half: Path) -> None:
+    engine = opened(half, kv_bytes=2**26)
+    caches = [engine.new_cache() for _ in range(257)]
+    assert [cache.reserve(1) for cache in caches] == [True] * 256 + [False]
+    assert caches[-1].held == 0
+    caches[3].clear()
+    assert caches[-1].reserve(1)
+
+
+@pytest.mark.llama
+def test_a_number_that_another_session_had_begins_empty(half: Path) -> None:
+    engine = opened(half)
+    before, after = engine.new_cache(), engine.new_cache()
+    expected = rows(engine, before, 0, EMBEDDINGS[:5])
+    rows(engine, before, 5, EMBEDDINGS[5:40])
+    number = before.sequence
+    before.clear()
+    close(rows(engine, after, 0, EMBEDDINGS[:5]), expected)
+    assert (after.sequence, before.sequence) == (number, None)
+
+
+@pytest.mark.llama
+def test_what_is_cut_is_forgotten_before_the_next_step(half: Path) -> None:
+    engine = opened(half)
+    cache, other = engine.new_cache(), engine.new_cache()
+    rows(engine, cache, 0, EMBEDDINGS[:40])
+    cache.cut(10)
+    rows(engine, other, 0, EMBEDDINGS[:3])  # a step of another session
+    assert (cache.stored, list(engine._sequences.forgotten)) == (10, [])
+    expected = rows(engine, engine.new_cache(), 0, np.concatenate([EMBEDDINGS[:10], EMBEDDINGS[50:53]]))
+    close(rows(engine, cache, 10, EMBEDDINGS[50:53]), expected)
+
+
+@pytest.mark.llama
+def test_sessions_that_fill_all_pages_fill_no_more_than_all_cells(half: Path) -> None:
+    engine = opened(half, kv_bytes=8 * PAGE * 3 * 2 * 2 * 8 * 4)
+    assert engine.pool.pages == 8
+    first = engine.new_cache()
+    expected = rows(engine, first, 0, EMBEDDINGS[:PAGE])
+    first.clear()
+    random = np.random.default_rng(0)
+    for _ in range(30):  # whoever goes leaves holes behind
+        caches = [engine.new_cache() for _ in range(8)]
+        for at in random.permutation(8):
+            close(rows(engine, caches[at], 0, EMBEDDINGS[:PAGE]), expected)
+        for cache in random.permutation(np.array(caches, object)):
+            cache.clear()
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_step_that_failed_leaves_nothing_of_it(half: Path, when: str) -> None:
+    engine = opened(half)
+    cache, other = engine.new_cache(), engine.new_cache()
+    rows(engine, cache, 0, EMBEDDINGS[:20])
+    expected = rows(engine, other, 0, EMBEDDINGS[:23])
+    with failing(engine, lambda tokens: 9 in tokens):
+        first, second = run(engine, append(cache, 15, EMBEDDINGS[50:59]), append(other, 23, EMBEDDINGS[23:25]))
+    assert (first.code, cache.length, other.length) == ("internal", 15, 25)
+    assert isinstance(second, LogitRows)
+    if when == "before":
+        cache.trim()
+    close(rows(engine, cache, 15, EMBEDDINGS[15:23]), expected)
+
+
+# --- rows ---
+
+
+@pytest.mark.llama
+def test_a_request_longer_than_llama_cpp_takes_at_once_is_cut(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = opened(half)
+
+    def both(want: str) -> list[Array]:
+        lengths = ((100, 60), (40, 1), (3, 3))
+        works = [append(engine.new_cache(), 0, EMBEDDINGS[:n], rows=rows, want=want) for n, rows in lengths]
+        return [one.hidden if want == "hidden" else one.values for one in run(engine, *works)]
+
+    whole = [both("logits"), both("hidden")]
+    monkeypatch.setattr(engine._context, "_most", 32)
+    for seen, wanted in zip([both("logits"), both("hidden")], whole, strict=True):
+        for one, other in zip(seen, wanted, strict=True):
+            close(one, other)
+
+
+@pytest.mark.llama
+def test_the_last_embedding_again_takes_no_forward(half: Path) -> None:
+    engine = opened(half)
+    cache = engine.new_cache()
+    (top,) = run(engine, append(cache, 0, EMBEDDINGS[:5], top_k=8))
+    with failing(engine):
+        (full,) = run(engine, append(cache, 4, EMBEDDINGS[4:5]))
+    assert np.array_equal(np.take_along_axis(full.values, top.ids.astype(np.int64), -1), top.values)
+
+
+@pytest.mark.llama
+def test_rows_that_were_given_stay_what_they_were(half: Path) -> None:
+    engine = opened(half)
+    cache = engine.new_cache()
+    given = rows(engine, cache, 0, EMBEDDINGS[:5])
+    before = given.copy()
+    rows(engine, cache, 5, EMBEDDINGS[5:9])
+    assert np.array_equal(given, before)
+
+
+@pytest.mark.llama
+def test_an_export_whose_classifier_is_on_devices_gives_hidden_states(tiny_exports: Callable[..., Path]) -> None:
+    halves = [tiny_exports("llama-tied", head="device", gguf=kind) / "cloud" for kind in ("f32", None)]
+    engine = opened(halves[0])
+    assert engine.vocab_size == 0
+    (result,) = run(engine, append(engine.new_cache(), 0, EMBEDDINGS[:9], rows=3, want="hidden"))
+    assert isinstance(result, HiddenRows) and result.hidden.shape == (3, 48) and np.isfinite(result.hidden).all()
+
+
+# --- what cannot be served ---
+
+
+@pytest.fixture
+def copied(half: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(half, tmp_path / "cloud")
+
+
+def sealed(folder: Path, **changes: Any) -> Path:
+    """The folder with a manifest of its files as they are."""
+    manifest = read_manifest(folder, CloudManifest)
+    entries = {name: file_entry(folder / name) for name in manifest.files}
+    write_manifest(msgspec.structs.replace(manifest, files=entries, **changes), folder)
+    return folder
+
+
+@pytest.mark.llama
+def test_a_gguf_of_another_key_is_refused(copied: Path) -> None:
+    with pytest.raises(BundleError, match="a GGUF of another key") as caught:
+        opened(sealed(copied, key_id="0" * 32))
+    assert caught.value.hint
+
+
+def test_a_truncated_gguf_is_refused(copied: Path) -> None:
+    path = copied / "model.gguf"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(BundleError, match="bytes, wanted") as caught:
+        opened(copied)
+    assert caught.value.hint
+
+
+@pytest.mark.llama
+def test_a_gguf_that_was_truncated_before_its_manifest_was_written_is_refused(copied: Path) -> None:
+    path = copied / "model.gguf"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(BundleError, match=r"llama\.cpp cannot load it: .*(bounds|corrupted|incomplete)"):
+        opened(sealed(copied))
+
+
+@pytest.mark.llama
+def test_a_type_of_tensors_that_this_llama_cpp_lacks_is_refused(copied: Path) -> None:
+    path = copied / "model.gguf"
+    reader = gguf.GGUFReader(path, "r+")
+    kind = reader.tensors[3].field.parts[4]
+    kind[0] = 4096
+    reader.data.flush()
+    with pytest.raises(BundleError, match=r"llama\.cpp cannot load it: .*type") as caught:
+        opened(sealed(copied))
+    assert "llama-cpp-python" in str(caught.value.hint)
+
+
+@pytest.mark.llama
+def test_a_gguf_of_other_sizes_than_its_config_is_refused(copied: Path) -> None:
+    config = (copied / "config.json").read_text()
+    (copied / "config.json").write_text(config.replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
+    with pytest.raises(BundleError, match="layers: seen 3, wanted 4"):
+        opened(sealed(copied))
+
+
+@pytest.mark.parametrize(
+    ("engine", "gguf_kind", "hint"), [("torch", "f32", "--engine llama.cpp"), ("llama.cpp", None, "--engine torch")]
+)
+def test_an_engine_that_does_not_run_the_weights_is_refused(
+    tiny_exports: Callable[..., Path], engine: Any, gguf_kind: str | None, hint: str
+) -> None:
+    with pytest.raises(BundleError, match="does not run") as caught:
+        open_context(tiny_exports("llama", gguf=gguf_kind) / "cloud", engine=engine)
+    assert hint in str(caught.value.hint)
+
+
+def test_a_missing_llama_cpp_says_how_to_install_it(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    library.cache_clear()
+    try:
+        with pytest.raises(UsageError, match="not installed") as caught:
+            opened(half)
+    finally:
+        library.cache_clear()
+    assert caught.value.hint == "pip install 'stip[llama.cpp]'"
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"device": "cuda"}], ids=str)
+def test_what_llama_cpp_cannot_do_here_is_said_with_a_hint(half: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError) as caught:
+        open_context(half, **options)
+    assert caught.value.hint
+
+
+@pytest.mark.llama
+def test_a_cache_counts_as_llama_cpp_holds(half: Path) -> None:
+    engine = opened(half)
+    cache = engine.new_cache()
+    assert isinstance(cache, LlamaCache)
+    rows(engine, cache, 0, EMBEDDINGS[:40])
+    assert (cache.length, cache.stored, cache.held) == (40, 40, 2)

@@ -95,6 +95,10 @@ bench-export: .venv/installed
 bench-gpu: .venv/installed
 	$(BIN)/python -m benchmarks.gpu
 
+# STIP on llama.cpp against llama.cpp's own token loop, and both beside the torch engine
+bench-engines: .venv/engines
+	$(BIN)/python -m benchmarks.engines
+
 # the paper's accuracy table: every family at real shapes against the stock model
 families: .venv/installed
 	$(BIN)/python -m benchmarks.families

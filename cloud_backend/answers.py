@@ -12,8 +12,7 @@ from cloud_backend.engine import AppendWork, HiddenRows, LogitRows, Outcome, not
 from cloud_backend.tensors import TORCH_DTYPES, to_device, to_host, to_numpy
 from shared.wire import DTYPES, Array, FloatName
 
-# Last hidden states [rows, hidden] to logits [rows, vocab]; what has logits already gives them as they are.
-Classify = Callable[[torch.Tensor], torch.Tensor]
+Classify = Callable[[torch.Tensor], torch.Tensor]  # last hidden states [rows, hidden] to logits [rows, vocab]
 
 
 def answers(works: Sequence[AppendWork], states: Sequence[torch.Tensor], classify: Classify | None) -> list[Outcome]:
@@ -47,22 +46,10 @@ def logit_rows(works: Sequence[AppendWork], logits: torch.Tensor) -> list[Outcom
     log-sum-exp of the values as sent, so that a device can rely on it."""
     if logits.device.type == "cuda":
         return _rows_of_cuda(works, logits)
-    of_each = zip(works, _of_each(works), strict=True)
-    return [_rows_of_host(work, logits[start:end]) for work, (start, end) in of_each]
-
-
-def _rows_of_host(work: AppendWork, logits: torch.Tensor) -> Outcome:
-    wide = logits.float().numpy()
-    if not all(host_rows.finite(row) for row in wide):
-        return not_finite()
-    sums = np.array([host_rows.log_sum_exp(row, work.temperature) for row in wide], np.float32).reshape(-1, 2)
-    if work.top_k == 0:
-        return LogitRows(to_numpy(logits), np.empty((work.rows, 0), np.uint32), sums)
-    count = min(work.top_k, wide.shape[-1])
-    ids = np.array([host_rows.top(row, count) for row in wide], np.int64).reshape(-1, count)
-    values = np.take_along_axis(wide, ids, -1)
-    # Back to the dtype it was computed in: exact, as it came from there.
-    return LogitRows(values.astype(DTYPES[_name(logits)]), ids.astype(np.uint32), sums)
+    rows = to_numpy(logits)
+    return [
+        host_rows.logit_rows(work, rows[start:end]) for work, (start, end) in zip(works, _of_each(works), strict=True)
+    ]
 
 
 def _rows_of_cuda(works: Sequence[AppendWork], logits: torch.Tensor) -> list[Outcome]:

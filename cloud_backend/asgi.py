@@ -98,6 +98,8 @@ class Application:
     @asynccontextmanager
     async def _working(self) -> AsyncIterator[None]:
         async with AsyncExitStack() as ending:
+            if self._serving.ranks is not None:
+                ending.enter_context(self._serving.ranks)
             await ending.enter_async_context(self.server.working())
             await load_models(self._serving)
             await ending.enter_async_context(running("memory", give_back(self._serving.scheduler)))

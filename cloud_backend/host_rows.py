@@ -1,4 +1,4 @@
-"""What replies say of one row of logits, on a processor: its likeliest ids and its log-sum-exp, in one thread.
+"""What replies say of rows of logits, on a processor: their likeliest ids and log-sum-exp, in one thread, torch aside.
 
 A vocabulary is wide, and a small model computes a row in a few milliseconds; so a row is gone over few times, and no
 other thread is woken for it.
@@ -11,8 +11,33 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from cloud_backend.engine import AppendWork, HiddenRows, LogitRows, Outcome, not_finite
+from shared.wire import Array
+
 Row = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
+
+
+def logit_rows(work: AppendWork, logits: Array) -> Outcome:
+    """Of logits [rows, vocab] in the dtype they are sent in: the top k, or all of them; and log-sum-exp of the values
+    as sent, so that a device can rely on it."""
+    wide = np.asarray(logits, np.float32)
+    if not all(finite(row) for row in wide):
+        return not_finite()
+    sums = np.array([log_sum_exp(row, work.temperature) for row in wide], np.float32).reshape(-1, 2)
+    if work.top_k == 0:
+        return LogitRows(logits, np.empty((work.rows, 0), np.uint32), sums)
+    count = min(work.top_k, wide.shape[-1])
+    ids = [top(row, count) for row in wide]
+    values = [row[best] for row, best in zip(logits, ids, strict=True)]
+    return LogitRows(
+        np.array(values, logits.dtype).reshape(-1, count), np.array(ids, np.uint32).reshape(-1, count), sums
+    )
+
+
+def hidden_rows(states: Array) -> Outcome:
+    """Of last hidden states [rows, hidden] in the dtype they are sent in."""
+    return HiddenRows(states) if np.isfinite(states).all() else not_finite()
 
 
 def finite(row: Row) -> bool:

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from shared.wire import Array
-
-if TYPE_CHECKING:
-    import torch
 
 PAGE = 32  # positions
 
@@ -130,10 +127,10 @@ class Pages:
 @dataclass(frozen=True)
 class Last:
     """The last position of a sequence: what went in [1, width], as it came, and what came out: the last hidden state
-    [1, hidden], or the row of logits [1, vocab] where that is what an engine has."""
+    [1, hidden], or the row of logits [1, vocab] where that is what an engine has, as its own kind of array."""
 
     embedding: Array
-    state: torch.Tensor
+    state: Any
 
 
 class KVCache:

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from cloud_backend.answers import answers
+from cloud_backend import host_rows
 from cloud_backend.engine import (
     AppendKind,
     AppendWork,
@@ -29,7 +29,8 @@ from cloud_backend.engine import (
 )
 from cloud_backend.kv_cache import KVCache, Last, PagePool
 from cloud_backend.llama_context import KVDtype, LlamaContext, LlamaModel, Piece, Want
-from shared.wire import FloatName
+from cloud_backend.llama_library import Floats
+from shared.wire import DTYPES, Array, FloatName
 
 log = logging.getLogger("stip.cloud")
 
@@ -134,19 +135,19 @@ class LlamaEngine:
         return [next(outcomes) if fits else _refused(work) for work, fits in zip(works, bounded, strict=True)]
 
     def _answers(self, works: Sequence[AppendWork]) -> list[Outcome]:
-        rows = [_known(work) for work in works]
+        rows: list[Array | None] = [_known(work) for work in works]
         for want in WANTS:
             new = [at for at, found in enumerate(rows) if found is None and works[at].want == want]
             if new:
                 for at, found in zip(new, self._append([works[at] for at in new], want), strict=True):
                     rows[at] = found
-        outcomes = answers(works, [found for found in rows if found is not None], _ready)
+        outcomes = [_answer(work, found) for work, found in zip(works, rows, strict=True) if found is not None]
         for work, outcome in zip(works, outcomes, strict=True):
             if not isinstance(outcome, (LogitRows, HiddenRows)):
                 work.cache.cut(work.keep)
         return outcomes
 
-    def _append(self, works: Sequence[AppendWork], want: Want) -> list[torch.Tensor]:
+    def _append(self, works: Sequence[AppendWork], want: Want) -> list[Floats]:
         """The rows that each work asks for; its cache has grown by it."""
         caches = [_prepared(work) for work in works]
         while self._sequences.forgotten:
@@ -156,14 +157,18 @@ class LlamaEngine:
             cache.stored = work.end
             assert cache.sequence is not None
             pieces.append(Piece(cache.sequence, work.keep, work.embeddings, work.rows))
-        found = torch.from_numpy(self._context.decode(pieces, want))
-        rows = list(torch.split(found, [work.rows for work in works]))
-        for work, cache, own in zip(works, caches, rows, strict=True):
+        found = self._context.decode(pieces, want)
+        rows: list[Floats] = []
+        first = 0
+        for work, cache in zip(works, caches, strict=True):
+            own = found[first : first + work.rows]
+            rows.append(own)
+            first += work.rows
             cache.length = work.end
             cache.last = None
             if work.rows and want == "logits":
                 # A copy, unless it is all there is: the others' rows are not kept for it.
-                row = own if len(found) == 1 else own[-1:].clone()
+                row = own if len(found) == 1 else own[-1:].copy()
                 cache.last = Last(np.array(work.embeddings[-1:]), row)
         return rows
 
@@ -184,11 +189,12 @@ def _prepared(work: AppendWork) -> LlamaCache:
     return cache
 
 
-def _known(work: AppendWork) -> torch.Tensor | None:
+def _known(work: AppendWork) -> Array | None:
     """The last position's logits where it alone is appended again."""
     return work.cache.last.state if work.want == "logits" and work.repeats_last and work.cache.last else None
 
 
-def _ready(logits: torch.Tensor) -> torch.Tensor:
-    """llama.cpp classifies by itself."""
-    return logits
+def _answer(work: AppendWork, rows: Array) -> Outcome:
+    """What is sent of rows of logits or hidden states."""
+    sent = rows if work.dtype == "float32" else rows.astype(DTYPES[work.dtype])
+    return host_rows.hidden_rows(sent) if work.want == "hidden" else host_rows.logit_rows(work, sent)

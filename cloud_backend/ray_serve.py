@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from cloud_backend.asgi import Application
@@ -154,6 +154,11 @@ def _check(options: argparse.Namespace) -> None:
             raise UsageError(f"{option}: seen {getattr(options, name):g}, wanted {least} or more", hint="see ray.yaml")
     if options.gpus == 0 and options.device == "cuda":
         raise UsageError("--device cuda: seen --gpus 0, wanted a GPU for each replica", hint="say --gpus 1")
+    if 0 < options.gpus < options.tensor_parallel:
+        raise UsageError(
+            f"--gpus: seen {options.gpus:g}, wanted one for each of --tensor-parallel {options.tensor_parallel}",
+            hint=f"say --gpus {options.tensor_parallel}",
+        )
     if options.gpus == 0:
         options.device = "cpu"  # Ray hides the GPUs of a node from who asked for none
 
@@ -161,19 +166,34 @@ def _check(options: argparse.Namespace) -> None:
 def _check_room(options: argparse.Namespace) -> None:
     """Raises UsageError where the cluster's nodes have no room for the least number of replicas: Ray Serve would wait
     for it without end."""
+    if ray.is_initialized():
+        nodes = _nodes()
+    else:  # by `serve run`, which connects later, with settings of its own
+        try:
+            ray.init("auto", log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError:
+            return  # nothing runs yet: this machine will be the cluster
+        try:
+            nodes = _nodes()
+        finally:
+            ray.shutdown()
     wanted = {"CPU": options.cpus, "GPU": options.gpus}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(
         int(min((node.get(kind, 0) / count for kind, count in wanted.items() if count), default=options.min_replicas))
         for node in nodes
     )
     if room < options.min_replicas:
-        total = ray.cluster_resources()
+        cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
         raise UsageError(
-            f"cluster: seen {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs on {len(nodes)} nodes, room "
-            f"for {room} replicas of {options.cpus:g} CPUs and {options.gpus:g} GPUs, wanted {options.min_replicas}",
+            f"cluster: seen {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} nodes, room for {room} replicas of "
+            f"{options.cpus:g} CPUs and {options.gpus:g} GPUs, wanted {options.min_replicas}",
             hint="fewer --min-replicas, --cpus or --gpus, more nodes, or --nodes-come where they come by themselves",
         )
+
+
+def _nodes() -> list[Mapping[str, float]]:
+    """What each node has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 @contextmanager

@@ -149,12 +149,23 @@ def test_a_token_has_so_many_sessions_and_another_token_its_own(guarded: Guarded
 # --- embeddings that no model was made for ---
 
 
+@dataclass(frozen=True)
+class LayerNorms:
+    """A server, its export, and how far the same answer may differ."""
+
+    url: str
+    export: Path
+    tolerance: float
+
+
 @pytest.fixture(scope="module", params=ENGINES)
-def layer_norms(request: pytest.FixtureRequest, tiny_exports: Callable[..., Path]) -> Iterator[tuple[str, Path]]:
-    """A server of a model that makes NaN of what is too large: its norms subtract the mean. And its export."""
-    export = tiny_exports("gpt2", gguf="f32" if request.param == "llama.cpp" else None)
+def layer_norms(request: pytest.FixtureRequest, tiny_exports: Callable[..., Path]) -> Iterator[LayerNorms]:
+    """A server of a model that makes NaN of what is too large: its norms subtract the mean."""
+    # llama.cpp looks GELU up in a table of float16, which makes more of the order of sums.
+    gguf, tolerance = ("f32", 1e-2) if request.param == "llama.cpp" else (None, 1e-4)
+    export = tiny_exports("gpt2", gguf=gguf)
     with run_cloud_process(export / "cloud") as (url, _):
-        yield url, export
+        yield LayerNorms(url, export, tolerance)
 
 
 def poison(device: Device, stop: Callable[[], bool]) -> list[str]:
@@ -167,8 +178,8 @@ def poison(device: Device, stop: Callable[[], bool]) -> list[str]:
     return codes
 
 
-def test_sessions_that_make_nan_fail_alone(layer_norms: tuple[str, Path]) -> None:
-    url, export = layer_norms
+def test_sessions_that_make_nan_fail_alone(layer_norms: LayerNorms) -> None:
+    url, export = layer_norms.url, layer_norms.export
     honest, count = 4, 40
     with ExitStack() as sessions:
         devices = [sessions.enter_context(Device(url, open_of(export))) for _ in range(honest)]
@@ -186,11 +197,11 @@ def test_sessions_that_make_nan_fail_alone(layer_norms: tuple[str, Path]) -> Non
                 over.set()
             codes = [code for one in failing for code in one.result(PATIENCE)]
     assert set(codes) == {"internal"} and len(codes) > 3
-    np.testing.assert_allclose(beside, alone, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(beside, alone, rtol=0, atol=layer_norms.tolerance)
 
 
-def test_memory_that_held_nan_serves_the_next_session_as_new(layer_norms: tuple[str, Path]) -> None:
-    url, export = layer_norms
+def test_memory_that_held_nan_serves_the_next_session_as_new(layer_norms: LayerNorms) -> None:
+    url, export = layer_norms.url, layer_norms.export
     with Device(url, open_of(export)) as device:
         expected = decode_greedily(device.rows, 20)
     for _ in range(3):
@@ -203,4 +214,5 @@ def test_memory_that_held_nan_serves_the_next_session_as_new(layer_norms: tuple[
         with ExitStack() as sessions:
             for _ in range(6):
                 device = sessions.enter_context(Device(url, open_of(export)))
-                np.testing.assert_allclose(decode_greedily(device.rows, 20), expected, rtol=0, atol=1e-4)
+                rows = decode_greedily(device.rows, 20)
+                np.testing.assert_allclose(rows, expected, rtol=0, atol=layer_norms.tolerance)

@@ -50,7 +50,7 @@ def cluster() -> Iterator[str]:
             patch.setenv(name, value)
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+        ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             yield f"ws://127.0.0.1:{port}"
@@ -244,6 +244,7 @@ def test_a_replica_says_how_it_is_and_when_it_is_full(serving: Callable[..., str
         ),
         (["--gpus", "1"], "seen 4 CPUs and 0 GPUs on 1 nodes, room for 0 replicas of 1 CPUs and 1 GPUs"),
         (["--cpus", "2", "--min-replicas", "3"], "room for 2 replicas of 2 CPUs and 0 GPUs, wanted 3"),
+        (["--gpus", "1", "--tensor-parallel", "2"], "--gpus: seen 1, wanted one for each of --tensor-parallel 2"),
         (["--device", "cuda"], "--device cuda: seen --gpus 0"),
         (["--min-replicas", "2", "--max-replicas", "1"], "--max-replicas: seen 1, wanted 2 or more"),
         (["--port", "80"], "--port: this server does not listen by itself"),

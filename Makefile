@@ -22,18 +22,19 @@ export PROMPT ?=
 demo: .venv/installed
 	@$(BIN)/python -m examples.demo --prompt "$$PROMPT"
 
-# One thread for each of two workers; then, with nothing beside them, the tests that measure.
+# One thread for each of a few workers, some of which wait for sockets, and the long files first; then, with nothing
+# beside them, the tests that measure.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not alone and not llama and not ray"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder tests/system tests -m "not slow and not alone and not llama and not ray"
 	$(BIN)/pytest -m "not slow and alone and not llama and not ray"
 
 # llama.cpp and Ray Serve
 test-engines: .venv/engines
 	$(BIN)/pytest -m "not slow and (llama or ray)"
 
-# the slow ones too
+# the slow ones too, and more examples of each property
 test-all: lint .venv/engines
-	$(BIN)/pytest
+	STIP_THOROUGH_TESTS=1 $(BIN)/pytest
 
 # the page in a real Chromium; needs Debian's packages chromium, nodejs and npm
 test-page: .venv/installed

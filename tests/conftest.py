@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from cloud_backend import opening
 from cloud_backend.engine import Engine
@@ -135,10 +136,17 @@ def smollm2_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct, exported in float32; without successors, which take longer than all the rest."""
-    out = tmp_path_factory.mktemp("smollm2") / "export"
-    export_model(str(smollm2_gguf), out, name="smollm2", drafts="none")
+def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """SmolLM2-135M-Instruct, exported in float32; without successors, which take longer than all the rest.
+
+    The first process that wants it makes it for all. Do not change it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
+    out = shared / "smollm2"
+    with FileLock(shared / "smollm2.lock"):
+        if not out.exists():
+            export_model(str(smollm2_gguf), out, name="smollm2", drafts="none")
     return out
 
 

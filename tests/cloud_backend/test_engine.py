@@ -25,6 +25,7 @@ from export.gguf_half import GgufName
 from shared import wire
 from tests.checkpoints import SIZES, randomise
 from tests.conftest import ENGINES
+from tests.thorough import examples
 
 KINDS = {"torch": ["llama", "mistral-window", "qwen2", "qwen3"], "llama.cpp": ["llama", "qwen2", "qwen3", "gpt2"]}
 WIDTH, VOCAB, CONTEXT = (SIZES[name] for name in ("hidden_size", "vocab_size", "max_position_embeddings"))
@@ -337,21 +338,21 @@ def test_more_than_the_vocabulary_is_the_vocabulary(engines: Callable[[str], Any
 ties = st.lists(st.sampled_from([-2.0, -0.0, 0.0, 0.5, 3.0]), min_size=1, max_size=24)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(ties, st.integers(1, 24))
 def test_values_of_the_top_k_are_those_of_the_sorted_row_under_any_ties(row: list[float], top_k: int) -> None:
     top = rows_of([row], top_k)
     assert top.values[0].tolist() == sorted(row, reverse=True)[:top_k]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(ties, st.integers(1, 24))
 def test_equal_values_come_by_ascending_id(row: list[float], top_k: int) -> None:
     top = rows_of([row], top_k)
     assert np.array_equal(np.lexsort((top.ids[0], -top.values[0])), np.arange(min(top_k, len(row))))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(ties, st.integers(1, 24))
 def test_ids_are_distinct_and_name_their_values(row: list[float], top_k: int) -> None:
     top = rows_of([row], top_k)
@@ -359,7 +360,7 @@ def test_ids_are_distinct_and_name_their_values(row: list[float], top_k: int) ->
     assert len(set(ids)) == len(ids) and [row[i] for i in ids] == top.values[0].tolist()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(ties, st.integers(1, 24))
 def test_every_id_above_the_smallest_value_is_there(row: list[float], top_k: int) -> None:
     top = rows_of([row], top_k)

@@ -33,6 +33,7 @@ from shared import wire
 from shared.errors import WireError
 from tests.cloud_backend.device import PATIENCE, Device, decode_greedily, open_of, table
 from tests.conftest import run_cloud_process
+from tests.thorough import examples
 
 FRAMES = 20_000
 POOL = 8  # connections at a time
@@ -465,7 +466,7 @@ def fuzzed(tiny: Path) -> Iterator[Outcome]:
         judged = [0]
 
         @settings(
-            max_examples=600,
+            max_examples=examples(600),
             deadline=None,
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),

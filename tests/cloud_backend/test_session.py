@@ -33,6 +33,7 @@ from tests.cloud_backend.list_cloud import (
     opened,
     with_embeddings,
 )
+from tests.thorough import examples
 
 # --- opening ---
 
@@ -677,14 +678,14 @@ def play(steps: list[tuple[Any, ...]], limits: Limits = LIMITS, **engine: Any) -
     return cloud, asked
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(operations)
 def test_each_request_gets_exactly_one_reply_in_order(steps: list[tuple[Any, ...]]) -> None:
     cloud, asked = play(steps)
     assert [reply.seq for reply in cloud.sent] == list(asked)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(operations)
 def test_a_device_can_work_out_from_the_answers_what_the_cache_holds(steps: list[tuple[Any, ...]]) -> None:
     cloud, asked = play(steps)
@@ -697,7 +698,7 @@ def test_a_device_can_work_out_from_the_answers_what_the_cache_holds(steps: list
     assert cloud.cache.held == held
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(operations)
 def test_a_device_can_work_out_from_the_answers_which_source_is_stored(steps: list[tuple[Any, ...]]) -> None:
     cloud, asked = play([("store", [7]), *steps], **READING)
@@ -713,7 +714,7 @@ def test_a_device_can_work_out_from_the_answers_which_source_is_stored(steps: li
     assert (cloud.cache.source, cloud.cache.held) == (source, held)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(operations)
 def test_when_all_is_answered_the_whole_window_is_free(steps: list[tuple[Any, ...]]) -> None:
     last = append(5000, 0, *range(20))

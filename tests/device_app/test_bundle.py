@@ -23,6 +23,7 @@ from shared.errors import BundleError, UsageError
 from shared.manifest import DeviceManifest, Kind, file_entry, read_manifest, write_manifest
 from tests.device_app.bundles import IMAGE, make_bundle
 from tests.device_app.honest_cloud import IMAGES, KEY, LOOKING, SOURCES, image
+from tests.thorough import examples
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_a_manifest_that_is_none_is_refused(folder: Path, text: str) -> None:
     refused(folder, names="manifest.json", hint="export again")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.data())
 def test_a_manifest_with_a_changed_byte_is_refused_or_the_same(tiny: Path, tmp_path_factory, data) -> None:  # type: ignore[no-untyped-def]
     original = (tiny / "device" / "manifest.json").read_bytes()

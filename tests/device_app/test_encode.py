@@ -31,6 +31,7 @@ from shared.wire import (
 from tests.device_app.bundles import CLASSES, CONTEXT
 from tests.device_app.honest_cloud import EMBEDDING, HIDDEN, embed, opened
 from tests.device_app.honest_encoder import COUNT, HonestEncoder, plain_result
+from tests.thorough import examples
 
 WANTS: list[Want] = ["hidden", "pooled", "logits"]
 SEQUENCES = [embed([1, 2, 3]), embed([4]), embed([5, 6])]
@@ -309,7 +310,7 @@ commands = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.lists(commands, max_size=20), st.integers(3, 6), st.integers(1, 4))
 def test_the_results_are_of_what_was_asked_about_whatever_happens(
     steps: list[tuple[object, ...]], in_a_frame: int, frames_in_window: int
@@ -400,7 +401,7 @@ def test_a_reply_that_cannot_be_true_is_refused(lie: str, want: Want) -> None:
     assert str(raised.value).isprintable()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.data())
 def test_an_answer_with_a_changed_bit_is_refused_or_finite(data: st.DataObject) -> None:
     session, honest = waiting()

@@ -24,6 +24,7 @@ from device_app.tokenizer import Tokenizer, open_tokenizer
 from shared.errors import BundleError, UsageError
 from tests.checkpoints import tiny_tokenizer
 from tests.schemas import Schema, random_schema
+from tests.thorough import examples
 
 VOCAB, END, HIDDEN = 330, 2, (0, 1, 2)  # some ids more than the tokenizer has, as models pad their vocabularies
 PERSON: Schema = {
@@ -276,7 +277,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(200), deadline=None, suppress_health_check=list(HealthCheck))
 @given(schema=st.dictionaries(st.sampled_from(KEYWORDS.split()), json_values))
 @example(schema={"$ref": ""})
 def test_whatever_a_schema_holds_it_is_followed_or_refused(grammar: Grammar, schema: dict[str, Any]) -> None:

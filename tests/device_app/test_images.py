@@ -25,6 +25,7 @@ from device_app import images
 from device_app.images import MOST_PIXELS, open_image, pixels
 from shared.errors import UsageError
 from shared.manifest import ImageFormat
+from tests.thorough import examples
 
 VIT = ImageFormat(height=32, width=32, resize=(32, 32), resample=2, patches=4)
 CLIP = ImageFormat(height=28, width=28, resize=28, resample=3, patches=4)
@@ -90,7 +91,7 @@ def test_pixels_are_those_of_the_stock_processors_at_their_own_sizes() -> None:
     assert np.array_equal(pixels(image, clip), stock(CLIPImageProcessorPil(), image))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 50), st.integers(1, 50), st.integers(1, 50))
 def test_any_shape_is_resized_and_cut_as_stock(width: int, height: int, shorter: int, high: int, wide: int) -> None:
     processor = CLIPImageProcessorPil(size={"shortest_edge": shorter}, crop_size={"height": high, "width": wide})
@@ -381,7 +382,7 @@ def test_an_image_of_extreme_shape_fits_models_that_squeeze_and_is_refused_by_th
     assert "too long and narrow" in refused(image, f"seen {size[0]} × {size[1]} pixels", long)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.data())
 def test_a_damaged_file_is_an_image_or_one_error(data: st.DataObject) -> None:
     form = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "JPEG2000"]))

@@ -16,6 +16,7 @@ from device_app.adjustments import Allowed
 from device_app.sampler import Row, Sampler, Sampling, uniform
 from shared.errors import UsageError
 from shared.wire import Array
+from tests.thorough import examples
 
 DRAWS_A_ROW = 20
 
@@ -104,7 +105,7 @@ ALLOWED = ("all", "all", "half", "few", "likely and not")
 # --- (a) the partial row and the full one ---
 
 
-@settings(max_examples=800, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(800), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     shape=st.sampled_from(SHAPES),
     vocab=st.sampled_from([300, 311, 1000, 5000]),
@@ -142,7 +143,7 @@ def test_top_rows_give_the_token_of_the_full_row_or_none(
             sampler.observe(right)  # so that the penalties grow
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(300), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     shape=st.sampled_from(SHAPES),
     k=st.sampled_from([1, 16, 256, 999, 1000, 5000]),
@@ -369,7 +370,7 @@ def reference(
     raise AssertionError("no token was reached")
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(250), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     shape=st.sampled_from(SHAPES),
     vocab=st.sampled_from([300, 700]),
@@ -550,7 +551,7 @@ def test_a_bias_for_no_id_of_the_vocabulary_is_refused(token: int) -> None:
 # --- ids that are never chosen ---
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.integers(0, 10_000), st.sets(st.integers(0, 39), max_size=38), st.sampled_from([0.0, 0.7, 1.5]))
 def test_banned_ids_are_as_if_they_were_not_in_the_vocabulary(seed: int, banned: set[int], temperature: float) -> None:
     values = np.random.default_rng(seed).normal(0, 2, 40).round(1).astype(np.float32)  # rounded: some are equal

@@ -50,6 +50,7 @@ from tests.device_app.honest_cloud import (
     plain_hidden,
     plain_logits,
 )
+from tests.thorough import examples
 
 PROMPT = [901, 917, 923, 939, 941, 955, 967, 971, 983, 997]
 
@@ -366,7 +367,7 @@ commands = st.one_of(
 )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @given(st.lists(commands, max_size=30), st.integers(1, 3), st.integers(1, 4))
 def test_the_rows_are_of_the_ids_asked_about_whatever_happens(
     steps: list[tuple[object, ...]], in_a_frame: int, frames_in_window: int
@@ -578,7 +579,7 @@ def test_rows_of_a_piece_that_asked_for_none_are_refused(session: Session) -> No
         session.receive(encode(logits(first, [plain_logits([1])], 4)))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.binary(max_size=200))
 def test_garbage_is_refused(garbage: bytes) -> None:
     session = new_session()
@@ -589,7 +590,7 @@ def test_garbage_is_refused(garbage: bytes) -> None:
     assert cloud.waiting == 1
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(st.data())
 def test_an_answer_with_a_changed_bit_is_refused_or_an_answer(data: st.DataObject) -> None:
     session = new_session()

@@ -37,6 +37,7 @@ from tests.device_app.honest_cloud import (
     reading_session,
     stored,
 )
+from tests.thorough import examples
 
 ROOM = 1024 + 4 * PATCHES * PATCH_SIZE  # a frame of one image, or of a few embeddings
 
@@ -426,7 +427,7 @@ commands = st.one_of(
 )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @given(st.lists(commands, max_size=25), st.integers(1, 4))
 def test_the_cloud_ends_with_exactly_what_was_asked_about_images_included(
     steps: list[tuple[object, ...]], frames_in_window: int
@@ -484,7 +485,7 @@ reading_commands = st.one_of(
 )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @given(st.lists(reading_commands, max_size=25), st.integers(1, 3), st.integers(1, 4))
 def test_the_cloud_ends_with_exactly_what_was_asked_about_its_source_included(
     steps: list[tuple[object, ...]], in_a_frame: int, frames_in_window: int

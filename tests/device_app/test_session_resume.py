@@ -33,6 +33,7 @@ from tests.device_app.honest_cloud import (
     plain_logits,
     reading_session,
 )
+from tests.thorough import examples
 
 PROMPT = [901, 917, 923, 939, 941, 955, 967, 971, 983, 997]  # in three frames
 ROOM = 1024 + 4 * PATCHES * PATCH_SIZE  # a frame of one image, or of a few embeddings
@@ -255,7 +256,7 @@ pieces = st.integers(1, 4)
 several_ids = st.lists(st.integers(1, 2), min_size=1, max_size=8)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(data=st.data(), in_a_frame=pieces, held=several_ids, asked=several_ids, then=several_ids)
 def test_what_a_session_relies_on_is_there_whatever_the_cloud_had_done_when_the_line_broke(
     data: st.DataObject, in_a_frame: int, held: list[int], asked: list[int], then: list[int]

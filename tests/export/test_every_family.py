@@ -26,6 +26,7 @@ from export.spaces import Each, Gain, OnDevice, Stream, of_each, spaces_of
 from shared.key import UserKey
 from tests.checkpoints import ALL, EVERY, make_checkpoint
 from tests.export.random_configs import RANDOM
+from tests.thorough import examples
 
 SCHEMES: list[SchemeName] = ["permutation", "rotation"]
 
@@ -41,7 +42,9 @@ def test_the_tiny_checkpoints_are_of_every_class_that_is_served(tiny_checkpoints
 
 
 @pytest.mark.parametrize("kind", RANDOM)
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=examples(4), deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 @given(data=st.data(), scheme=st.sampled_from(SCHEMES))
 def test_any_model_of_a_family_computes_what_it_did(kind: str, data: st.DataObject, scheme: SchemeName) -> None:
     config = RANDOM[kind](data.draw)

@@ -27,6 +27,7 @@ def moved(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Expor
     return export(smollm2_gguf, tmp_path_factory.mktemp("smollm2") / "out", "source", drafts="none")
 
 
+@pytest.mark.llama
 def test_the_moved_file_holds_exactly_the_originals_quantised_values(moved: Exported) -> None:
     # Both files are read without this project's way back from llama.cpp's form: q and k rows by their own order.
     original, transformed, drawn = moved.source.file, moved.file, moved.scheme  # type: ignore[attr-defined]
@@ -50,6 +51,7 @@ def test_the_moved_file_holds_exactly_the_originals_quantised_values(moved: Expo
     assert torch.equal(transformed.read("output.weight"), original.read("token_embd.weight")[vocab][:, residual])
 
 
+@pytest.mark.llama
 def test_every_tensor_of_the_moved_file_is_the_original_in_secret_coordinates(moved: Exported) -> None:
     from export.cloud_weights import cloud_weights
 
@@ -59,6 +61,7 @@ def test_every_tensor_of_the_moved_file_is_the_original_in_secret_coordinates(mo
         assert torch.equal(weights.read(name), moved.expected(name, original)), name
 
 
+@pytest.mark.llama
 def test_the_moved_file_is_as_large_as_the_original_and_says_its_type(moved: Exported) -> None:
     assert moved.report.quantisation == "q4_1"
     assert read_manifest(moved.out / "cloud", CloudManifest).quantisation == "q4_1"

@@ -15,6 +15,7 @@ from export.source import GgufSource, open_source
 from shared.errors import SourceError
 
 
+@pytest.mark.llama
 def test_a_gguf_file_gives_what_transformers_loads_from_it(smollm2_gguf: Path) -> None:
     source = open_source(str(smollm2_gguf))
     assert isinstance(source, GgufSource)

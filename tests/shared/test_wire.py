@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from shared import wire
 from shared.errors import WireError
+from tests.thorough import examples
 
 CODES = get_args(wire.ErrorCode)
 APPEND = wire.Append(seq=7, keep=3, tensors=(np.array([[1, 2]], "<f4"),))
@@ -130,7 +131,7 @@ def decodes_or_raises_wire_error(frame: bytes) -> None:
 # --- what is right ---
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(messages)
 def test_decode_of_encode_is_the_identity(message: wire.Message) -> None:
     assert same(wire.decode(wire.encode(message)), message)
@@ -144,7 +145,7 @@ def test_one_frame_has_these_very_bytes() -> None:
     assert wire.encode(APPEND) == APPEND_FRAME
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(messages)
 def test_every_tensor_starts_at_a_multiple_of_16_bytes(message: wire.Message) -> None:
     frame = wire.encode(message)
@@ -197,13 +198,13 @@ def edited(frame: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
     return frame
 
 
-@settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(3000), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(SHORT), st.lists(edit, min_size=1, max_size=3))
 def test_an_edited_frame_decodes_or_raises_wire_error(frame: bytes, edits: list[tuple[int, int, bytes]]) -> None:
     decodes_or_raises_wire_error(edited(frame, edits))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.binary(max_size=200), st.booleans())
 def test_any_bytes_decode_or_raise_wire_error(data: bytes, framed: bool) -> None:
     decodes_or_raises_wire_error(len(data).to_bytes(4, "little") + data if framed else data)
@@ -217,7 +218,7 @@ values = st.recursive(
 names = st.sampled_from(["type", "tensors", "seq", "rows", "lengths", "temperature", "token", "want", "unknown"])
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 @given(st.sampled_from(SHORT), st.dictionaries(names, values, min_size=1, max_size=2))
 def test_a_header_with_any_values_decodes_or_raises_wire_error(frame: bytes, fields: dict[str, Any]) -> None:
     end = 4 + int.from_bytes(frame[:4], "little")

@@ -104,7 +104,7 @@ def test_every_attack_of_every_file_is_in_the_report_once_and_in_order(whole: Au
 
 def test_the_report_is_written_as_json_and_as_a_page(whole: Audited) -> None:
     assert (whole.out / "audit.json").read_bytes() == to_json(whole.report)
-    assert (whole.out / "audit.html").read_text() == page(whole.report)
+    assert (whole.out / "audit.html").read_bytes() == page(whole.report).encode()
     assert {path.name for path in whole.out.iterdir()} == {"cloud", "device", "export.json"} | REPORTS
     assert whole.report.measures and whole.report.check["positions"] == 128
 

@@ -73,7 +73,7 @@ def _tensor_parallel() -> Available:
 
 
 def _llama() -> Available:
-    from cloud_backend import llama_library
+    from cloud_backend.llama import library as llama_library
 
     try:
         parts = llama_library.features()

@@ -23,7 +23,7 @@ from shared.manifest import CloudManifest, Kind, check_files, read_manifest
 from shared.wire import FloatName
 
 if TYPE_CHECKING:
-    from cloud_backend.ranks import Ranks
+    from cloud_backend.tensor_parallel.ranks import Ranks
 
 log = logging.getLogger("stip.cloud")
 
@@ -80,7 +80,7 @@ def open_context(
     check_engine(folder, manifest, engine)
     check_files(folder, manifest, contents=verify)
     if manifest.weights == "gguf":
-        from cloud_backend.llama_opening import open_llama
+        from cloud_backend.llama.opening import open_llama
 
         if ranks is not None:
             raise UsageError(
@@ -94,7 +94,7 @@ def open_context(
     device = ranks.device if ranks is not None else device_called(device)
     chosen = dtype_of(manifest, device) if dtype == "auto" else next(name for name in TORCH_DTYPES if name == dtype)
     if ranks is not None:
-        from cloud_backend.tensor_parallel import open_split
+        from cloud_backend.tensor_parallel.engine import open_split
 
         return manifest, open_split(folder, manifest, chosen, context, kv_bytes, ranks)
     kind, _ = ENGINES[manifest.kind]

@@ -17,10 +17,10 @@ from cloud_backend.limits import Limits
 from cloud_backend.log import log_to_stderr
 from cloud_backend.memory import bound_preparations
 from cloud_backend.opening import device_called, open_context
-from cloud_backend.ranks import Ranks
 from cloud_backend.scheduler import Scheduler
 from cloud_backend.server import CloudServer
 from cloud_backend.session import Context
+from cloud_backend.tensor_parallel.ranks import Ranks
 from cloud_backend.tokens import Tokens
 from cloud_backend.warm_up import warm_up
 from shared.errors import UsageError

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloud_backend.llama_context import KVDtype, LlamaModel, set_kv_dtype
-from cloud_backend.llama_library import floats, library
+from cloud_backend.llama.context import KVDtype, LlamaModel, set_kv_dtype
+from cloud_backend.llama.library import floats, library
 
 
 @dataclass(frozen=True)

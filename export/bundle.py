@@ -20,8 +20,8 @@ from export.check import Check, check_equivalence
 from export.cloud_half import plan_cloud, unmoved, used_structures, write_cloud, write_config
 from export.device_half import write_device
 from export.families import Family, family_of
-from export.gguf_half import GgufName, plan_gguf
-from export.gguf_writing import write_gguf_half
+from export.gguf.half import GgufName, plan_gguf
+from export.gguf.writing import write_gguf_half
 from export.original import original
 from export.permutation import Permutation
 from export.progress import bar

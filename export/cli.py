@@ -133,7 +133,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _families(arguments: argparse.Namespace) -> None:
     from export.families import FAMILIES
-    from export.gguf_layout import LAYOUTS
+    from export.gguf.layout import LAYOUTS
 
     rows = [
         {

@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from transformers import AutoConfig
 
-from export.gguf_file import GgufFile
-from export.gguf_half import GGUF_FILE, blocks_of
-from export.gguf_layout import Forms
+from export.gguf.file import GgufFile
+from export.gguf.half import GGUF_FILE, blocks_of
+from export.gguf.layout import Forms
 from export.shards import Shards
 from export.spaces import Axis
 from export.stock import empty_model

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from export.families import family_of
-from export.gguf_config import differences, mended
-from export.gguf_file import GgufFile
-from export.gguf_layout import FREQUENCIES, LAYOUTS, Form, Forms
-from export.gguf_settings import frequency_factors
+from export.gguf.config import differences, mended
+from export.gguf.file import GgufFile
+from export.gguf.layout import FREQUENCIES, LAYOUTS, Form, Forms
+from export.gguf.settings import frequency_factors
 from export.progress import listed
 from export.shards import Shards
 from export.spaces import Dropped

@@ -34,7 +34,7 @@ from device_app.connection import Address
 from examples.smollm2 import smollm2_gguf as smollm2_package
 from export import device_half
 from export.bundle import export_model
-from export.gguf_half import GgufName
+from export.gguf.half import GgufName
 from export.scheme import Head, SchemeName
 from export.tokenizer import TokenizerReport
 from tests.checkpoints import make_checkpoint

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cloud_backend.decoder import DecoderEngine
-from cloud_backend.llama import LlamaEngine
+from cloud_backend.llama.engine import LlamaEngine
 
 Tokens = list[int]  # new embeddings of each session of a step
 

@@ -18,10 +18,10 @@ from cloud_backend.answers import logit_rows
 from cloud_backend.decoder import DecoderEngine
 from cloud_backend.engine import AppendWork, HiddenRows, LogitRows
 from cloud_backend.kv_cache import PAGE, KVCache
-from cloud_backend.llama import LlamaEngine
+from cloud_backend.llama.engine import LlamaEngine
 from cloud_backend.opening import open_context
 from export.bundle import export_model
-from export.gguf_half import GgufName
+from export.gguf.half import GgufName
 from shared import wire
 from tests.checkpoints import SIZES, randomise
 from tests.conftest import ENGINES

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cloud_backend.cli import main
-from cloud_backend.llama_library import library
+from cloud_backend.llama.library import library
 
 NAMES = ["torch on cpu", "torch on cuda", "tensor parallel", "llama.cpp", "Ray Serve"]
 

@@ -15,8 +15,8 @@ import pytest
 
 from cloud_backend.engine import AppendWork, HiddenRows, LogitRows
 from cloud_backend.kv_cache import PAGE
-from cloud_backend.llama import LlamaCache, LlamaEngine
-from cloud_backend.llama_library import library
+from cloud_backend.llama.engine import LlamaCache, LlamaEngine
+from cloud_backend.llama.library import library
 from cloud_backend.opening import open_context
 from shared.errors import BundleError, UsageError
 from shared.manifest import CloudManifest, file_entry, read_manifest, write_manifest

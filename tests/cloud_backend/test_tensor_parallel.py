@@ -17,8 +17,8 @@ import pytest
 from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
 from cloud_backend.opening import open_context
-from cloud_backend.ranks import Ranks
-from cloud_backend.split import WHOLE, split_of
+from cloud_backend.tensor_parallel.ranks import Ranks
+from cloud_backend.tensor_parallel.split import WHOLE, split_of
 from export.bundle import export_model
 from shared import wire
 from shared.errors import UsageError

@@ -20,10 +20,10 @@ from export.check import run_onnx
 from export.cloud_half import CloudPlan, plan_cloud
 from export.cloud_weights import cloud_weights
 from export.families import family_of
-from export.gguf_file import GgufFile, decoded, encoded
-from export.gguf_half import GGUF_FILE, GgufName
-from export.gguf_layout import LAYOUTS, Form, Forms
-from export.gguf_settings import described, frequency_factors
+from export.gguf.file import GgufFile, decoded, encoded
+from export.gguf.half import GGUF_FILE, GgufName
+from export.gguf.layout import LAYOUTS, Form, Forms
+from export.gguf.settings import described, frequency_factors
 from export.permutation import Permutation
 from export.source import Source, open_source
 from export.stock import empty_model

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from export.gguf_blocks import FLOATS, LEVELS, Bytes, levels, merged, move_columns
+from export.gguf.blocks import FLOATS, LEVELS, Bytes, levels, merged, move_columns
 from export.scheme import random_permutation
 from shared.errors import FamilyError, SourceError
 from shared.key import Index
@@ -91,7 +91,7 @@ def test_a_type_that_cannot_be_moved_is_named(kind: Kind) -> None:
 def test_rows_of_many_slices_move_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     raw, index = random_rows(Kind.Q4_K, rows=50), order(Kind.Q4_K)
     whole = move_columns(raw, Kind.Q4_K, index)
-    monkeypatch.setattr("export.gguf_blocks.SLICE_BYTES", 7 * raw.shape[1] + 1)
+    monkeypatch.setattr("export.gguf.blocks.SLICE_BYTES", 7 * raw.shape[1] + 1)
     assert np.array_equal(move_columns(raw, Kind.Q4_K, index), whole)
 
 

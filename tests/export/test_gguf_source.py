@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaConfig, MistralConfig, OPTConfig, Qwen3MoeConfig
 
 from export.bundle import export_model
-from export.gguf_half import GGUF_FILE
-from export.gguf_layout import Form
+from export.gguf.half import GGUF_FILE
+from export.gguf.layout import Form
 from shared.errors import ExportError, FamilyError, SourceError
 from shared.manifest import CloudManifest, read_manifest
 from tests.checkpoints import OPT, make_checkpoint
@@ -81,8 +81,8 @@ import re, sys
 from pathlib import Path
 from export.cloud_half import plan_cloud, used_structures
 from export.families import family_of
-from export.gguf_half import plan_gguf
-from export.gguf_writing import write_gguf_half
+from export.gguf.half import plan_gguf
+from export.gguf.writing import write_gguf_half
 from export.schemes import draw
 from export.source import open_source
 

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from export.families import longest
-from export.gguf_layout import Layout, layout_of
+from export.gguf.layout import Layout, layout_of
 from shared.errors import FamilyError
 
 Setting = int | float | str

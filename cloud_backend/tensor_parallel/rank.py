@@ -1,4 +1,4 @@
-"""A process beside the server's that holds its part of every model: `python -m cloud_backend.rank`, by `ranks`.
+"""A process beside the server's that holds its part of every model: `python -m cloud_backend.tensor_parallel.rank`.
 
 It does what the server says over a socket, and ends when that closes, or when it fails: from there the ranks could not
 go on together.
@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cloud_backend.log import log_to_stderr
-from cloud_backend.orders import Join, Line, Load, Meet, Order, Reply
+from cloud_backend.tensor_parallel.orders import Join, Line, Load, Meet, Order, Reply
 from shared.errors import StipError
 
 if TYPE_CHECKING:
-    from cloud_backend.tensor_parallel import Part
+    from cloud_backend.tensor_parallel.engine import Part
 
 log = logging.getLogger("stip.cloud")
 
@@ -58,7 +58,7 @@ def _follow(line: Line, join: Join) -> None:
     from transformers.utils import logging as transformers_logging
 
     from cloud_backend.memory import bound_preparations
-    from cloud_backend.ranks import meet
+    from cloud_backend.tensor_parallel.ranks import meet
 
     bound_preparations()
     transformers_logging.set_verbosity_error()
@@ -76,7 +76,7 @@ def _follow(line: Line, join: Join) -> None:
 
 
 def _load(line: Line, order: Load) -> Part:
-    from cloud_backend.tensor_parallel import Part, budget_of, load_part
+    from cloud_backend.tensor_parallel.engine import Part, budget_of, load_part
 
     try:
         model = load_part(order)

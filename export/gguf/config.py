@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import MixtralConfig, PretrainedConfig
 
-from export.gguf_settings import described, frequency_factors, head_dim
+from export.gguf.settings import described, frequency_factors, head_dim
 
 # llama.cpp's key → the stock config's name
 _NAMES = {

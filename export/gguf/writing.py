@@ -15,10 +15,10 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from export.cloud_half import CloudPlan
-from export.gguf_blocks import move_columns
-from export.gguf_file import FLOATS, Bytes, Tensor, encoded, write_gguf
-from export.gguf_half import GGUF_FILE, GgufPlan
-from export.gguf_layout import TOKEN_TABLE, Form, layout_of
+from export.gguf.blocks import move_columns
+from export.gguf.file import FLOATS, Bytes, Tensor, encoded, write_gguf
+from export.gguf.half import GGUF_FILE, GgufPlan
+from export.gguf.layout import TOKEN_TABLE, Form, layout_of
 from export.permutation import Permutation
 from export.progress import bar
 from export.scheme import Scheme

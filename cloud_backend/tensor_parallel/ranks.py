@@ -25,7 +25,7 @@ import torch
 import torch.distributed as group
 
 from cloud_backend.log import LogFormat
-from cloud_backend.orders import Join, Line, Load, Meet, Order, Reply
+from cloud_backend.tensor_parallel.orders import Join, Line, Load, Meet, Order, Reply
 from shared.errors import EngineError, UsageError
 
 log = logging.getLogger("stip.cloud")
@@ -145,7 +145,7 @@ class Ranks:
         with theirs:
             arguments = [str(theirs.fileno()), msgspec.json.encode(self._join(rank)).decode()]
             process = subprocess.Popen(
-                [sys.executable, "-m", "cloud_backend.rank", *arguments],
+                [sys.executable, "-m", "cloud_backend.tensor_parallel.rank", *arguments],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -18,10 +18,10 @@ from transformers.core_model_loading import dot_natural_key
 
 from export.cloud_half import CloudPlan
 from export.families import Family, Read
-from export.gguf_blocks import levels, merged
-from export.gguf_file import FLOATS, GgufFile, Tensor, block, decoded, encoded
-from export.gguf_layout import CLASSIFIER, FREQUENCIES, TOKEN_TABLE, Form, Forms
-from export.gguf_settings import frequency_factors, settings
+from export.gguf.blocks import levels, merged
+from export.gguf.file import FLOATS, GgufFile, Tensor, block, decoded, encoded
+from export.gguf.layout import CLASSIFIER, FREQUENCIES, TOKEN_TABLE, Form, Forms
+from export.gguf.settings import frequency_factors, settings
 from export.original import original
 from export.scheme import SchemeName
 from export.source import GgufSource, Source

@@ -9,9 +9,9 @@ from typing import Literal
 import transformers
 
 from cloud_backend.kv_cache import PAGE, PagePool
-from cloud_backend.llama import LlamaEngine
-from cloud_backend.llama_context import KVDtype, LlamaModel
-from cloud_backend.llama_library import gpus
+from cloud_backend.llama.context import KVDtype, LlamaModel
+from cloud_backend.llama.engine import LlamaEngine
+from cloud_backend.llama.library import gpus
 from shared.errors import BundleError, UsageError
 from shared.manifest import CloudManifest
 

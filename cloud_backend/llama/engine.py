@@ -28,8 +28,8 @@ from cloud_backend.engine import (
     not_finite,
 )
 from cloud_backend.kv_cache import KVCache, Last, PagePool
-from cloud_backend.llama_context import KVDtype, LlamaContext, LlamaModel, Piece, Want
-from cloud_backend.llama_library import Floats
+from cloud_backend.llama.context import KVDtype, LlamaContext, LlamaModel, Piece, Want
+from cloud_backend.llama.library import Floats
 from shared.wire import DTYPES, Array, FloatName
 
 log = logging.getLogger("stip.cloud")

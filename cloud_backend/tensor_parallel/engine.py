@@ -19,15 +19,15 @@ import transformers
 from cloud_backend.decoder import DecoderEngine
 from cloud_backend.kv_cache import Pages
 from cloud_backend.opening import SHARE, free_memory, load_model, stock_class
-from cloud_backend.orders import Classify, Load, Piece, Run
-from cloud_backend.split import split_of
 from cloud_backend.step import Span
+from cloud_backend.tensor_parallel.orders import Classify, Load, Piece, Run
+from cloud_backend.tensor_parallel.split import split_of
 from shared.errors import StipError, UsageError
 from shared.manifest import CloudManifest
 from shared.wire import FloatName
 
 if TYPE_CHECKING:
-    from cloud_backend.ranks import Ranks
+    from cloud_backend.tensor_parallel.ranks import Ranks
 
 log = logging.getLogger("stip.cloud")
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cloud_backend.llama_library import Floats, failure, floats, forget_failures, library
+from cloud_backend.llama.library import Floats, failure, floats, forget_failures, library
 from shared.errors import BundleError
 from shared.wire import Array
 

@@ -35,7 +35,7 @@ def measure(folder: Path, url: str, rounds: int, tokens: int) -> dict[str, Any]:
     """All figures, for the results of `make bench`. folder: OUT/device."""
     prompt, length = long_prompt(Bundle.open(folder))
     with Fleet(folder, url, DEVICES) as many, Fleet(folder, url, 1) as other:
-        measured = [(_gain(many, tokens), _cost(many, other, prompt)) for _ in range(rounds)]
+        measured = [(gain(many, tokens), _cost(many, other, prompt)) for _ in range(rounds)]
     gains, costs = zip(*measured, strict=True)
     return {
         "devices": DEVICES,
@@ -59,8 +59,8 @@ def long_prompt(bundle: Bundle) -> tuple[str, int]:
     return text, tokens
 
 
-def _gain(many: Fleet, tokens: int) -> dict[str, float]:
-    """(e)"""
+def gain(many: Fleet, tokens: int) -> dict[str, float]:
+    """(e), of a fleet of so many DEVICES."""
     alone = together(_sound(many.run(Run(devices=(0,), tokens=tokens, prompts=PROMPTS))).timelines)
     began = time.monotonic()
     report = _sound(many.run(Run(devices=tuple(range(DEVICES)), tokens=tokens, prompts=PROMPTS)))

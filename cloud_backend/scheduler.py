@@ -110,10 +110,7 @@ class Scheduler:
                 self._stepping = {job.cache for job, _ in step}
                 outcomes = await loop.run_in_executor(self._thread, _run, engine, [piece for _, piece in step])
                 self.step_began = None
-                seconds = time.perf_counter() - started
-                self._finish(engine, step, outcomes, seconds)
-                await asyncio.sleep(0)  # replies leave first
-                self.on_step(engine, len(step), sum(len(piece.embeddings) for _, piece in step), seconds)
+                self._finish(engine, step, outcomes, time.perf_counter() - started)
             raise self._lost
         except Exception:
             self._fail()
@@ -178,6 +175,7 @@ class Scheduler:
                     self._turns[engine].served(job, answered=answered)
         self._returning -= ended
         self._return_until = asyncio.get_running_loop().time() + RETURN_SHARE * seconds
+        self.on_step(engine, len(step), sum(len(piece.embeddings) for _, piece in step), seconds)
 
     def _take(self, job: Job, piece: Work, outcome: Outcome) -> bool:
         """Takes what came of a piece. Whether it was the last."""

@@ -144,15 +144,16 @@ class Lease(Generic[C]):
             except BaseException as error:  # whatever it is, it belongs to who waits for the answer
                 tell(error)
             else:
-                tell(None)
                 seat.held = answer.stats.prompt_tokens + len(answer.ids)
+                tell(None)
 
-        self._begun(work, answer)
+        begun = self._begun(work, answer)
         try:
             while (item := await queue.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
                 yield item
+            await asyncio.shield(begun)  # its thread is idle: who asks next, asks the same session
         finally:
             answer.cancel()
 

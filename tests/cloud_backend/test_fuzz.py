@@ -33,7 +33,6 @@ from shared import wire
 from shared.errors import WireError
 from tests.cloud_backend.device import PATIENCE, Device, decode_greedily, open_of, table
 from tests.conftest import run_cloud_process
-from tests.thorough import examples
 
 FRAMES = 20_000
 POOL = 8  # connections at a time
@@ -466,7 +465,7 @@ def fuzzed(tiny: Path) -> Iterator[Outcome]:
         judged = [0]
 
         @settings(
-            max_examples=examples(600),
+            max_examples=600,
             deadline=None,
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),

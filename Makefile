@@ -25,12 +25,12 @@ demo: .venv/installed
 # One thread for each of a few workers, some of which wait for sockets, and the long files first; then, with nothing
 # beside them, the tests that measure.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder tests/system tests -m "not slow and not alone and not llama and not ray"
-	$(BIN)/pytest -m "not slow and alone and not llama and not ray"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder tests/system tests -m "not slow and not alone and not llama and not ray and not ranks"
+	$(BIN)/pytest -m "not slow and alone and not llama and not ray and not ranks"
 
-# llama.cpp and Ray Serve
+# llama.cpp, Ray Serve, and models split over processes
 test-engines: .venv/engines
-	$(BIN)/pytest -m "not slow and (llama or ray)"
+	$(BIN)/pytest -m "not slow and (llama or ray or ranks)"
 
 # the slow ones too, and more examples of each property
 test-all: lint .venv/engines

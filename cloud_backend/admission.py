@@ -7,6 +7,8 @@ import ipaddress
 from collections import Counter
 from collections.abc import Callable
 
+from shared.loopback import address
+
 BURST_SECONDS = 1.0  # of its rate that a token may save up
 
 
@@ -67,7 +69,7 @@ class Doorstep:
 def _client(host: str | None) -> str:
     """What stands for a client: its address; of IPv6 its network, as each client has a whole one (RFC 6177)."""
     try:
-        address = ipaddress.ip_address((host or "").partition("%")[0])
+        known = address((host or "").partition("%")[0])
     except ValueError:
         return host or "unknown"  # a Unix socket's, perhaps
-    return str(address if address.version == 4 else ipaddress.ip_network((address, 64), strict=False))
+    return str(known if known.version == 4 else ipaddress.ip_network((known, 64), strict=False))

@@ -2,8 +2,9 @@
 
     STIP_CLOUD="OUT/cloud --token-file tokens.txt" uvicorn --factory cloud_backend.asgi:application
 
-Its lifespan loads the models, so nobody is served before they are there; at its end every session is answered and
-told. A device's WebSocket stays with the process that took its handshake.
+Its lifespan loads the models, so nobody is served before they are there. At its end every session is answered and told,
+where the server leaves the sockets open until then; uvicorn cuts them first, with code 1012, and devices come back. A
+device's WebSocket stays with the process that took its handshake.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import os
 import shlex
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, MutableMapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from http import HTTPStatus
 from typing import Any
 
 from websockets.frames import CloseCode
 
 from cloud_backend.http import Answer, Pages
+from cloud_backend.last_resort import answering_seconds, last_resort
 from cloud_backend.limits import Limits
 from cloud_backend.memory import give_back
 from cloud_backend.server import CloudServer
@@ -40,6 +42,7 @@ Send = Callable[[Message], Awaitable[None]]
 Beside = Callable[[CloudServer], Coroutine[Any, Any, None]]
 
 VARIABLE = "STIP_CLOUD"
+KEEPING = 64  # bytes that a frame in memory takes besides its own: without them empty frames would count nothing
 
 
 def application(options: Options | None = None) -> Application:
@@ -83,15 +86,21 @@ class Application:
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
+        started, drain_seconds = False, self._serving.drain_seconds
         try:
-            async with self._working():
-                await send({"type": "lifespan.startup.complete"})
-                await receive()
-                await self.server.drain(self._serving.drain_seconds)
-                await self.server.farewell()
-        except StipError as error:  # of a model that cannot be loaded
-            log.error("%s", error if error.hint is None else f"{error}; {error.hint}")
-            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            with ExitStack() as ended:
+                async with self._working():
+                    await send({"type": "lifespan.startup.complete"})
+                    started = True
+                    await receive()
+                    ended.callback(last_resort(drain_seconds, 1).cancel)
+                    await self.server.drain(answering_seconds(drain_seconds))
+                    await self.server.farewell()
+        except Exception as error:
+            if started:
+                raise
+            # Whatever it is: a server that is not told of it may take devices, and load for ever.
+            await send({"type": "lifespan.startup.failed", "message": _reported(error)})
             return
         await send({"type": "lifespan.shutdown.complete"})
 
@@ -159,7 +168,7 @@ class ASGISocket:
         self._leave = leave
         self._most = min(LONGEST_OPEN, limits.longest_frame)
         self._most_ahead = limits.window + limits.longest_frame
-        self._ahead = 0  # bytes that were read and not received
+        self._ahead = 0  # bytes of memory for what was read and not received
         self._frames: deque[bytes | str] = deque()
         self._came = asyncio.Event()  # a frame, or the end
         self._gone = False  # the device, or this end of it: nothing more will be read
@@ -175,7 +184,7 @@ class ASGISocket:
                     return
                 frame: bytes | str = message["text"] if message.get("bytes") is None else message["bytes"]
                 self._frames.append(frame)
-                self._ahead += len(frame)
+                self._ahead += len(frame) + KEEPING
                 self._came.set()
                 if self._ahead > self._most_ahead:
                     await self.close(CloseCode.POLICY_VIOLATION, "further ahead than the window")
@@ -191,7 +200,7 @@ class ASGISocket:
         if self._closed or not self._frames:
             raise Closed
         frame = self._frames.popleft()
-        self._ahead -= len(frame)
+        self._ahead -= len(frame) + KEEPING
         if len(frame) > self._most:
             await self.close(CloseCode.MESSAGE_TOO_BIG, "")
             raise Closed
@@ -208,11 +217,11 @@ class ASGISocket:
         self.abort()
 
     async def _say(self, message: Message) -> None:
-        if self._closed:
+        if self._closed or self._gone:
             raise Closed
         try:
             await self._send(message)
-        except OSError:  # how ASGI servers say that the device is gone
+        except (OSError, RuntimeError):  # how ASGI servers say that the device is gone, before `read` knows of it
             self.abort()
             raise Closed from None
 
@@ -226,6 +235,15 @@ class ASGISocket:
         """A session was opened on it."""
         self._leave()
         self._most = max_size
+
+
+def _reported(error: Exception) -> str:
+    """Logs why a model cannot be loaded, and says it in a line."""
+    if not isinstance(error, StipError):
+        log.error("loading failed: %s", type(error).__name__)  # its text could quote tensors
+        return f"loading failed: {type(error).__name__}"
+    log.error("%s", error if error.hint is None else f"{error}; {error.hint}")
+    return str(error)
 
 
 def _headers(scope: Scope) -> Callable[[str], list[str]]:

@@ -8,11 +8,12 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from cloud_backend.log import LOG_FORMATS
+from cloud_backend.tensor_parallel.split import MOST
 from shared.command import debug_option, run
 from shared.errors import UsageError
 
@@ -78,7 +79,7 @@ def add_serve(serve: argparse.ArgumentParser) -> None:
     models.add_argument("--threads", type=_whole(1), metavar="N", help="of each process (default: torch's choice)")
     models.add_argument(
         "--tensor-parallel",
-        type=_whole(1),
+        type=_whole(1, MOST),
         default=1,
         metavar="N",
         help="processes that share each model, on CUDA a card each (default: %(default)s)",
@@ -137,17 +138,19 @@ def _whole(least: int, most: int = 2**32 - 1) -> Callable[[str], int]:
     """An argparse type: a whole number from `least` to `most`."""
 
     def parse(text: str) -> int:
-        if not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"seen {text}, wanted {least} to {most}")
-        return int(text)
+        with suppress(ValueError):
+            if least <= (number := int(text)) <= most:
+                return number
+        raise argparse.ArgumentTypeError(f"seen {text}, wanted {least} to {most}")
 
     return parse
 
 
 def _seconds(text: str) -> float:
-    if not 0 < float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"seen {text}, wanted more than 0")
-    return float(text)
+    with suppress(ValueError):
+        if 0 < (seconds := float(text)) < float("inf"):
+            return seconds
+    raise argparse.ArgumentTypeError(f"seen {text}, wanted a number of seconds, more than 0")
 
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -165,7 +168,6 @@ def _serve(arguments: argparse.Namespace) -> None:
     from cloud_backend.serving import prepare
     from cloud_backend.tls import Certificate
 
-    serving = prepare(arguments)
     chain, key = arguments.tls_cert, arguments.tls_key
     if (chain is None) != (key is None):
         raise UsageError("TLS wants both --tls-cert and --tls-key", hint="give the other one as well")
@@ -176,6 +178,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         arguments.origin,
         None if arguments.metrics_port is None else (arguments.metrics_host, arguments.metrics_port),
     )
+    serving = prepare(arguments)
     with serving.ranks or nullcontext():
         asyncio.run(serve_until_stopped(serving, at))
 

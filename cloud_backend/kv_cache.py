@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shared.errors import UsageError
 from shared.wire import Array
 
 PAGE = 32  # positions
@@ -25,10 +26,19 @@ class PagePool:
     """The pages of all sessions of a model: how many there are, and which are free."""
 
     def __init__(self, page_bytes: int, budget: int, *, first: int = 0) -> None:
-        """page_bytes: the keys and values of a page's positions. budget: bytes. first: the number of the first page."""
+        """page_bytes: the keys and values of a page's positions. budget: bytes. first: the number of the first page.
+
+        Raises UsageError for a budget that holds no page.
+        """
+        if budget < page_bytes:
+            raise UsageError(
+                f"KV memory: seen {budget} bytes, wanted at least {page_bytes}, a page of {PAGE} positions",
+                hint="give it more with --kv-bytes",
+            )
         self.page_bytes = page_bytes
-        self.pages = max(1, budget // page_bytes) if page_bytes else 0
-        self._free = list(range(first + self.pages - 1, first - 1, -1))  # the lowest is taken first
+        self.pages = budget // page_bytes if page_bytes else 0
+        self._given: list[int] = []  # back: the last is taken first
+        self._new = range(first, first + self.pages)  # that nobody had yet: taken once there are no others
 
     @property
     def positions(self) -> int:
@@ -43,24 +53,35 @@ class PagePool:
     @property
     def used(self) -> int:
         """Bytes of the pages that sessions hold."""
-        return (self.pages - len(self._free)) * self.page_bytes
+        return (self.pages - self.free) * self.page_bytes
 
     @property
     def free(self) -> int:
         """Pages that nobody holds."""
-        return len(self._free)
+        return len(self._given) + len(self._new)
 
     def take(self, after: int | None = None) -> int:
         """A page; the one behind `after` if that is free, as neighbours are read without a copy."""
+        given = self._given
         if after is not None:
-            for at in range(-1, -min(8, len(self._free)) - 1, -1):  # to look through all would cost more than it brings
-                if self._free[at] == after + 1:
-                    return self._free.pop(at)
-        return self._free.pop()
+            for at in range(-1, -min(8, len(given)) - 1, -1):  # to look through all would cost more than it brings
+                if given[at] == after + 1:
+                    return given.pop(at)
+        if given and (after is None or after + 1 not in self._new[:1]):
+            return given.pop()
+        page, self._new = self._new[0], self._new[1:]
+        return page
 
     def give(self, pages: Sequence[int]) -> None:
         """Takes pages back."""
-        self._free.extend(reversed(pages))
+        self._given.extend(reversed(pages))
+
+
+def cannot_be_allocated(budget: int) -> UsageError:
+    """For KV memory that the machine does not give."""
+    return UsageError(
+        f"KV memory: seen {budget} bytes, which cannot be allocated", hint="a smaller --kv-bytes or --context"
+    )
 
 
 class Pages:

@@ -10,6 +10,8 @@ from cloud_backend.engine import Engine
 from shared.errors import RequestError
 from shared.wire import DTYPES, Append, Array, Encode, FloatName
 
+LEAST_TEMPERATURE = 1e-30  # below it logits / temperature would not be finite in float32
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -56,6 +58,10 @@ def check_append(message: Append, engine: Engine, limits: Limits, dtype: FloatNa
         raise RequestError("too_large", f"rows: seen {message.rows}, wanted at most {most}")
     if message.top_k > limits.max_top_k:
         raise RequestError("too_large", f"top_k: seen {message.top_k}, wanted 0 or at most {limits.max_top_k}")
+    if message.temperature < LEAST_TEMPERATURE:
+        raise RequestError(
+            "bad_request", f"temperature: seen {message.temperature:g}, wanted at least {LEAST_TEMPERATURE:g}"
+        )
     _check_finite(message.embeddings)
 
 

@@ -18,7 +18,7 @@ from cloud_backend.engine import Engine
 from cloud_backend.tensors import TORCH_DTYPES
 from cloud_backend.translation import TranslationEngine
 from cloud_backend.vision import ImageEncoderEngine, VisionEngine
-from shared.errors import BundleError, UsageError
+from shared.errors import BundleError
 from shared.manifest import CloudManifest, Kind, check_files, read_manifest
 from shared.wire import FloatName
 
@@ -74,23 +74,15 @@ def open_context(
     ranks: the processes that share the model, where there are several; its device is theirs.
 
     Raises BundleError where the folder is not whole, or holds a model that its kind or the engine does not fit, and
-    UsageError where the engine is not there.
+    UsageError where the engine is not there, or KV memory is too little or cannot be had.
     """
     manifest = read_manifest(folder, CloudManifest)
     check_engine(folder, manifest, engine)
     check_files(folder, manifest, contents=verify)
-    if manifest.weights == "gguf":
+    if manifest.weights == "gguf" and ranks is None:
         from cloud_backend.llama.opening import open_llama
 
-        if ranks is not None:
-            raise UsageError(
-                f"{folder}: --tensor-parallel: seen the engine llama.cpp, wanted torch",
-                hint="serve it without --tensor-parallel, or export it again without --gguf",
-            )
-        most = free_memory("cpu") // SHARE["cpu"]
-        return manifest, open_llama(
-            folder, manifest, dtype=dtype, device=device, context=context, kv_bytes=kv_bytes, most_kv_bytes=most
-        )
+        return manifest, open_llama(folder, manifest, dtype=dtype, device=device, context=context, kv_bytes=kv_bytes)
     device = ranks.device if ranks is not None else device_called(device)
     chosen = dtype_of(manifest, device) if dtype == "auto" else next(name for name in TORCH_DTYPES if name == dtype)
     if ranks is not None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
+from cloud_backend.last_resort import answering_seconds, last_resort
 from cloud_backend.listener import listening, url
 from cloud_backend.memory import give_back
 from cloud_backend.serving import Serving, load_models
@@ -19,7 +20,6 @@ from cloud_backend.tasks import running
 from cloud_backend.tls import Certificate
 
 log = logging.getLogger("stip.cloud")
-FAREWELL_SECONDS = 5.0  # of the drain, for devices to be told and the step that runs to end; at most half of it
 FILES_BESIDE = 256  # sockets that open nothing, weights, libraries
 
 
@@ -57,14 +57,8 @@ class _Stop:
         self.last_resort = self.force(0)
 
     def force(self, status: int) -> threading.Timer:
-        """Ends the process when the drain has had its time.
-
-        A step that is stuck would keep it, and the interpreter too would wait: its thread cannot be interrupted.
-        """
-        last_resort = threading.Timer(self.drain_seconds, os._exit, [status])
-        last_resort.daemon = True
-        last_resort.start()
-        return last_resort
+        """Ends the process when the drain has had its time."""
+        return last_resort(self.drain_seconds, status)
 
     async def wait(self) -> None:
         """Returns when the process is told to stop."""
@@ -105,7 +99,7 @@ async def serve_until_stopped(serving: Serving, at: Listening) -> None:
         await asyncio.wait([told, engines], return_when=asyncio.FIRST_COMPLETED)
         if engines.done():
             stop.force(1)
-        await server.drain(max(drain_seconds - FAREWELL_SECONDS, drain_seconds / 2))
+        await server.drain(answering_seconds(drain_seconds))
         if engines.done():
             engines.result()  # raises what they ended with
 

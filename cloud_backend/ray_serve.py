@@ -152,6 +152,12 @@ def _check(options: argparse.Namespace) -> None:
         if not getattr(options, name) >= least:
             option = f"--{name.replace('_', '-')}"
             raise UsageError(f"{option}: seen {getattr(options, name):g}, wanted {least} or more", hint="see ray.yaml")
+    if options.max_replicas > options.min_replicas and options.max_sessions <= options.target_sessions:
+        raise UsageError(
+            f"--target-sessions: seen {options.target_sessions}, wanted fewer than --max-sessions, "
+            f"{options.max_sessions}: replicas would be full and no more of them would come",
+            hint="a smaller --target-sessions, or a larger --max-sessions",
+        )
     if options.gpus == 0 and options.device == "cuda":
         raise UsageError("--device cuda: seen --gpus 0, wanted a GPU for each replica", hint="say --gpus 1")
     if 0 < options.gpus < options.tensor_parallel:

@@ -16,15 +16,16 @@ from cloud_backend.folders import check_folders
 from cloud_backend.limits import Limits
 from cloud_backend.log import log_to_stderr
 from cloud_backend.memory import bound_preparations
-from cloud_backend.opening import device_called, open_context
+from cloud_backend.opening import check_engine, device_called, open_context
 from cloud_backend.scheduler import Scheduler
 from cloud_backend.server import CloudServer
 from cloud_backend.session import Context
+from cloud_backend.tensor_parallel.engine import split_of_folder
 from cloud_backend.tensor_parallel.ranks import Ranks
 from cloud_backend.tokens import Tokens
 from cloud_backend.warm_up import warm_up
 from shared.errors import UsageError
-from shared.manifest import CloudManifest
+from shared.manifest import CloudManifest, read_manifest
 
 log = logging.getLogger("stip.cloud")
 Load = Callable[[], tuple[CloudManifest, Engine]]
@@ -62,6 +63,10 @@ def prepare(options: argparse.Namespace) -> Serving:
     ranks = None
     if options.tensor_parallel > 1:
         device = device_called(options.device)
+        for folder in options.folders:  # before any process is started
+            manifest = read_manifest(folder, CloudManifest)
+            check_engine(folder, manifest, options.engine)
+            split_of_folder(folder, manifest, options.tensor_parallel)
         ranks = Ranks(options.tensor_parallel, device, options.threads, options.log, on_lost=scheduler.lose)
     load = partial(
         open_context,
@@ -100,13 +105,20 @@ def _limits(options: argparse.Namespace) -> Limits:
 async def load_models(serving: Serving) -> None:
     """Loads every model in the scheduler's thread, tries each out, and has the server serve it.
 
-    The server is at work. Raises StipError where a model cannot be loaded, or does not compute.
+    The server is at work. Raises StipError where a model cannot be loaded, or does not compute, or what an engine
+    computes with is gone.
     """
-    if serving.threads is not None:
-        only_there = partial(torch.set_num_threads, serving.threads)  # it counts for the thread that calls it
-        await serving.scheduler.call(only_there)
-    for load in serving.loads:
-        serving.server.add([await _loaded(serving.scheduler, load)])
+    try:
+        if serving.threads is not None:
+            only_there = partial(torch.set_num_threads, serving.threads)  # it counts for the thread that calls it
+            await serving.scheduler.call(only_there)
+        for load in serving.loads:
+            serving.server.add([await _loaded(serving.scheduler, load)])
+    except Exception:
+        engines = serving.server.health.engines
+        if engines is not None and engines.done() and not engines.cancelled():
+            engines.result()  # raises why they ended, of which the other error is but what came of it
+        raise
 
 
 async def _loaded(scheduler: Scheduler, load: Load) -> Context:

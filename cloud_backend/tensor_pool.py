@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cloud_backend.kv_cache import PAGE, PagePool
+from cloud_backend.kv_cache import PAGE, PagePool, cannot_be_allocated
 
 RESERVED = 2  # pages that no session gets: see TensorPool
 
@@ -30,13 +30,15 @@ class TensorPool(PagePool):
     """
 
     def __init__(self, layers: Sequence[LayerShape], dtype: torch.dtype, device: torch.device, budget: int) -> None:
-        """budget: bytes. Memory is touched as it is used."""
+        """budget: bytes. Memory is touched as it is used. Raises UsageError where it is too little or too much."""
         page_bytes = PAGE * dtype.itemsize * sum(one.heads * (one.key_size + one.value_size) for one in layers)
         super().__init__(page_bytes, budget, first=RESERVED)
         self.device = device
         rows = (self.pages + RESERVED) * PAGE
-        # [heads, rows, size] a layer
-        self.keys = [torch.empty(one.heads, rows, one.key_size, dtype=dtype, device=device) for one in layers]
-        self.values = [torch.empty(one.heads, rows, one.value_size, dtype=dtype, device=device) for one in layers]
+        try:  # [heads, rows, size] a layer
+            self.keys = [torch.empty(one.heads, rows, one.key_size, dtype=dtype, device=device) for one in layers]
+            self.values = [torch.empty(one.heads, rows, one.value_size, dtype=dtype, device=device) for one in layers]
+        except (RuntimeError, TypeError):  # there is not so much, or it cannot even be counted
+            raise cannot_be_allocated(self.budget) from None
         for tensor in (*self.keys, *self.values):
             tensor[:, :PAGE] = 0

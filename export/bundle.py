@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -61,6 +62,7 @@ class Report:
     tokenizer_proof: str
     check: Check
     unmoved: dict[str, str]  # tensors that are stored as they were, and why
+    unquantised: list[str]  # matrices in float32 all the same, as their columns are not whole blocks
     seconds: float
     warning: str | None
 
@@ -143,6 +145,7 @@ def export_model(
             tokenizer_proof=manifest.tokenizer_proof,
             check=check,
             unmoved=unmoved(drawn, plan),
+            unquantised=[] if made is None else made.unquantised,
             seconds=round(time.monotonic() - started, 1),
         )
         (folder / "export.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
@@ -183,7 +186,9 @@ def _appearing_whole(out: Path) -> Iterator[Path]:
         folder.rename(out)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise ExportError(f"output {out}: {error.strerror or error}", hint="is the disk full?") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "give a folder on a disk with more room" if full else None
+        raise ExportError(f"output {out}: {error.strerror or error}", hint=hint) from error
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

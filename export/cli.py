@@ -116,6 +116,11 @@ def _model(arguments: argparse.Namespace) -> None:
     print(f"  limit      {limit(report.scheme)}")
     for name, reason in list(report.unmoved.items())[:1]:
         print(f"  unmoved    {len(report.unmoved)} tensors such as {name}: {reason}")
+    for name in report.unquantised[:1]:
+        print(
+            f"  float32    {len(report.unquantised)} matrices such as {name}: their columns do not fill blocks of "
+            f"{report.quantisation}"
+        )
     if report.warning:
         print(f"stip-export: warning: {report.warning}", file=sys.stderr)
 

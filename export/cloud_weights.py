@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from transformers import AutoConfig
 
-from export.gguf.file import GgufFile
+from export.gguf.file import GgufFile, rounded
 from export.gguf.half import GGUF_FILE, blocks_of
 from export.gguf.layout import Forms
 from export.shards import Shards
@@ -49,6 +49,16 @@ class GgufWeights:
     def read(self, name: str) -> torch.Tensor:
         form = self._forms[name]
         return form.stock([self._file.read(part) for part in form.names])
+
+    def stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor's values as the types of this file hold them, in float32. Types that can be read and not written,
+        such as Q4_K, leave them as they are: a public file of that type holds such values already."""
+        form = self._forms[name]
+        parts = list(zip(form.stored(tensor), (self._file.tensors[part].kind for part in form.names), strict=True))
+        try:
+            return form.stock([rounded(part, kind) for part, kind in parts]).float()
+        except NotImplementedError:
+            return tensor.float()
 
     def blocks(self, axes: Mapping[str, tuple[Axis, ...]]) -> dict[str, tuple[int, ...]]:
         """Which blocks the order of a space keeps together, largest first, as the types of tensors with these axes

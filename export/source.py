@@ -82,9 +82,8 @@ def _download(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=WANTED_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SourceError(
-            f"model {model!r}: cannot be had from the hub: {first}",
+            f"model {model!r}: cannot be had from the hub: {_first_line(error)}",
             hint="check the id, the network, and `hf auth login` for gated models; or give a local folder",
         ) from None
 
@@ -94,9 +93,26 @@ def _config(folder: Path, **options: Any) -> PretrainedConfig:
         return AutoConfig.from_pretrained(folder, **options)
     except (ValueError, OSError, KeyError) as error:
         raise SourceError(
-            f"{folder}: its config cannot be read: {str(error).splitlines()[0]}",
+            f"{folder}: its config cannot be read: {_first_line(error)}",
             hint="an architecture that the installed transformers does not know cannot be exported",
         ) from None
+
+
+def _tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
+    except ImportError:
+        raise
+    except Exception as error:  # the tokenizers library raises no narrower one
+        raise SourceError(
+            f"{folder / options.get('gguf_file', '')}: its tokenizer cannot be read: {_first_line(error)}",
+            hint="download the model again",
+        ) from None
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _as_list(value: int | list[int] | None) -> list[int]:
@@ -125,7 +141,7 @@ class FolderSource:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if not any((self.folder / name).exists() for name in TOKENIZER_FILES):
             raise SourceError(f"{self.folder}: no tokenizer", hint="copy tokenizer.json into the model's folder")
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder)
+        tokenizer = _tokenizer(self.folder)
         if tokenizer.chat_template is None:  # models that see may have it in a file of their processor's
             tokenizer.chat_template = _json(self.folder / "chat_template.json").get("chat_template")
         return tokenizer
@@ -146,7 +162,13 @@ class FolderSource:
     def image_settings(self) -> dict[str, Any]:
         if not any((self.folder / name).exists() for name in IMAGE_FILES):
             raise SourceError(f"{self.folder}: no {IMAGE_FILES[0]}", hint="copy it into the model's folder")
-        processor = AutoImageProcessor.from_pretrained(self.folder, backend="pil")
+        try:
+            processor = AutoImageProcessor.from_pretrained(self.folder, backend="pil")
+        except (ValueError, OSError, KeyError) as error:
+            raise SourceError(
+                f"{self.folder}: its image processor cannot be read: {_first_line(error)}",
+                hint="download the model again",
+            ) from None
         settings: dict[str, Any] = processor.to_dict()
         return settings
 
@@ -154,7 +176,12 @@ class FolderSource:
         modules = self.folder / "modules.json"
         if not modules.exists():
             return {}
-        kinds = [module["type"].rpartition(".")[2] for module in json.loads(modules.read_text())]
+        try:
+            kinds = [module["type"].rpartition(".")[2] for module in _parsed(modules)]
+        except (TypeError, KeyError, AttributeError):
+            raise SourceError(
+                f"{modules}: wanted a list of modules, each with its type", hint="download the model again"
+            ) from None
         if unknown := set(kinds) - {"Transformer", "Pooling", "Normalize"}:
             raise SourceError(
                 f"{modules}: seen the module {sorted(unknown)[0]}, wanted Transformer, Pooling, Normalize"
@@ -165,13 +192,19 @@ class FolderSource:
 
 def _json(path: Path) -> dict[str, Any]:
     """A file of settings; empty where there is none. Raises SourceError if it cannot be read."""
-    if not path.exists():
-        return {}
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SourceError(f"{path}: {error}", hint="download the model again") from None
+    settings = _parsed(path) if path.exists() else {}
+    if not isinstance(settings, dict):
+        raise SourceError(
+            f"{path}: seen a {type(settings).__name__}, wanted an object", hint="download the model again"
+        )
     return settings
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise SourceError(f"{path}: {_first_line(error)}", hint="download the model again") from None
 
 
 def _exact_dtype(dtypes: dict[str, str], folder: Path) -> torch.dtype:
@@ -199,7 +232,7 @@ class GgufSource:
                 f"{path}: seen the architecture {architecture!r}, wanted one of: {', '.join(known)}",
                 hint="llama.cpp stores others differently: give the safetensors",
             )
-        self._said = {key.removeprefix(f"{architecture}."): value for key, value in self.file.metadata.items()}
+        self._said = self.file.metadata.without(f"{architecture}.")
         factors = self.file.read(FREQUENCIES).float() if FREQUENCIES in self.file.tensors else None
         self.config = mended(_config(path.parent, gguf_file=path.name), self._said, self.file.tensors, factors)
         self._check_settings(factors)
@@ -237,10 +270,10 @@ class GgufSource:
         return self._stock(name)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        return _tokenizer(self.path.parent, gguf_file=self.path.name)
 
     def end_ids(self) -> list[int]:
-        return sorted(set(_as_list(self.config.eos_token_id)))
+        return sorted(self.file.end_ids.union(_as_list(self.config.eos_token_id)))
 
     def banned_ids(self) -> list[int]:
         return []

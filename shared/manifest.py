@@ -182,9 +182,15 @@ def check_files(folder: Path, manifest: Manifest, *, contents: bool) -> None:
 
 def check_file(folder: Path, manifest: Manifest, name: str, *, contents: bool) -> None:
     """The same for one of the manifest's files."""
-    path, entry = folder / name, manifest.files[name]
     if Path(name).name != name:
         raise BundleError(f"{folder}: manifest names {name!r}, wanted a plain file name", hint="export again")
+    try:
+        _check(folder / name, manifest.files[name], contents)
+    except OSError as error:
+        raise BundleError(f"{folder / name}: {error.strerror or error}", hint="may this user read it?") from None
+
+
+def _check(path: Path, entry: FileEntry, contents: bool) -> None:
     if not path.is_file():
         raise BundleError(f"{path}: missing", hint="copy the whole folder again")
     length = path.stat().st_size

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from transformers import (
-    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -52,13 +51,6 @@ MODELS: dict[str, Any] = {
     "qwen3": Qwen3Config(**BLOCKS, head_dim=32, tie_word_embeddings=True),
     "qwen2-moe": Qwen2MoeConfig(**BLOCKS, **EXPERTS, shared_expert_intermediate_size=64),
     "qwen3-moe": Qwen3MoeConfig(**BLOCKS, **EXPERTS, head_dim=16, norm_topk_prob=True),
-    "gemma3": Gemma3TextConfig(
-        **BLOCKS,
-        head_dim=16,
-        query_pre_attn_scalar=16,
-        sliding_window=8,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-    ),
     "phi": PhiConfig(**BLOCKS, rope_parameters={"rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
     "phi3": Phi3Config(**BLOCKS),
     "gpt2": GPT2Config(vocab_size=320, n_embd=64, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),

@@ -19,7 +19,12 @@ Want = Literal["logits", "hidden"]
 KVDtype = Literal["float16", "float32"]
 
 MOST_TOKENS = 2048  # of one decode
+MOST_POSITIONS = 2**31 - 1  # its numbers have 32 bits
 WHOLE = -1  # llama.cpp's sign for all layers, and for the end of a sequence
+
+
+class DecodeError(RuntimeError):
+    """llama.cpp could not run a batch. Its text is the status alone, and may be logged."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +70,14 @@ class LlamaModel:
 class LlamaContext:
     """KV memory for `positions`, which so many sequences share, and the arrays that a batch is put into.
 
-    Raises MemoryError where there is not so much.
+    Raises MemoryError where there is not so much, or more than llama.cpp can count.
     """
 
     def __init__(
         self, model: LlamaModel, positions: int, sequences: int, *, kv_dtype: KVDtype, threads: int, gpu: bool
     ) -> None:
+        if positions > MOST_POSITIONS:
+            raise MemoryError(f"llama.cpp: seen {positions} positions, wanted at most {MOST_POSITIONS}")
         self._c = c = library()
         self._model = model
         parameters = c.llama_context_default_params()
@@ -80,7 +87,6 @@ class LlamaContext:
         parameters.n_threads = parameters.n_threads_batch = threads
         set_kv_dtype(parameters, kv_dtype)
         parameters.kv_unified = True  # a position of any sequence may lie anywhere
-        parameters.swa_full = True  # what a sliding window has left behind can be gone back to
         parameters.offload_kqv = parameters.op_offload = gpu
         forget_failures()
         self._pointer = c.llama_init_from_model(model.pointer, parameters)
@@ -119,6 +125,10 @@ class LlamaContext:
         if not self._c.llama_memory_seq_rm(self._memory, sequence, keep, WHOLE):
             raise ArithmeticError("llama.cpp could not cut a sequence back")
 
+    def clear(self) -> None:
+        """Forgets all sequences, and makes the memory zero."""
+        self._c.llama_memory_clear(self._memory, True)
+
     def decode(self, pieces: Sequence[Piece], want: Want) -> Floats:
         """Appends the pieces, and gives what is wanted of them, one piece's rows behind the other's: logits
         [rows, vocab], or hidden states behind the last norm [rows, width]."""
@@ -136,7 +146,7 @@ class LlamaContext:
         self._batch.n_tokens = count
         status = self._c.llama_decode(self._pointer, self._batch)
         if status != 0:
-            raise RuntimeError(f"llama_decode: {status}")
+            raise DecodeError(f"llama_decode: {status}")
         if wanted is not None:
             states: Floats = self._read(self._c.llama_get_embeddings, count, self._model.width)[wanted]
             return states

@@ -20,25 +20,21 @@ from cloud_backend.engine import (
     AppendKind,
     AppendWork,
     EncodeWant,
-    HiddenRows,
-    LogitRows,
     Outcome,
     Work,
     failed,
     not_finite,
 )
 from cloud_backend.kv_cache import KVCache, Last, PagePool
-from cloud_backend.llama.context import KVDtype, LlamaContext, LlamaModel, Piece, Want
-from cloud_backend.llama.library import Floats
+from cloud_backend.llama.context import DecodeError, KVDtype, LlamaContext, LlamaModel, Piece, Want
+from shared.errors import RequestError
 from shared.wire import DTYPES, Array, FloatName
 
 log = logging.getLogger("stip.cloud")
 
 MOST_SEQUENCES = 256  # llama.cpp's own limit
 WANTS: tuple[Want, ...] = ("logits", "hidden")
-# Of an embedding's values. Where their squares are not finite, a norm may make NaN of them. These would lie in cells
-# beside other sessions', which llama.cpp masks by adding to scores; and NaN plus anything is NaN.
-LARGEST = 1e15
+LARGEST = 1e15  # of an embedding's values: where their squares are not finite, a norm may make NaN of them
 
 
 class Sequences:
@@ -47,6 +43,7 @@ class Sequences:
     def __init__(self, count: int) -> None:
         self.free = list(range(count - 1, -1, -1))
         self.forgotten: deque[tuple[int, int]] = deque()  # of each a number, and the positions that stay
+        self.generation = 0  # how often everything was forgotten
 
 
 class LlamaCache(KVCache):
@@ -57,6 +54,8 @@ class LlamaCache(KVCache):
         self._sequences = sequences
         self.sequence: int | None = None
         self.stored = 0  # positions that llama.cpp may hold, those of a step that failed too
+        self.generation = sequences.generation  # when they were stored
+        self.alone = False  # whether it takes no step with others: something of a step that it took was not finite
 
     def reserve(self, positions: int) -> bool:
         numbered = self.sequence is not None
@@ -65,6 +64,12 @@ class LlamaCache(KVCache):
         if not numbered:
             self.sequence = self._sequences.free.pop()
         return True
+
+    def renew(self) -> None:
+        """Forgets what is gone as everything was forgotten."""
+        if self.generation != self._sequences.generation:
+            self.cut(0)
+            self.generation = self._sequences.generation
 
     def cut(self, keep: int) -> None:
         super().cut(keep)
@@ -109,6 +114,7 @@ class LlamaEngine:
         threads = torch.get_num_threads()
         self._context = LlamaContext(model, pool.positions, count, kv_dtype=kv_dtype, threads=threads, gpu=gpu)
         self._sequences = Sequences(count)
+        self._poisoned = False  # whether cells may hold what is not finite
         self.pool = pool
         self.hidden_size = model.width
         self.vocab_size = vocab_size
@@ -126,72 +132,118 @@ class LlamaEngine:
                 work.cache.cut(work.keep if isinstance(work, AppendWork) else work.cache.length)
             if len(batch) > 1:  # one of them may be the reason
                 return [outcome for work in batch for outcome in self.run([work])]
-            log.error("engine failed: %s", type(error).__name__)  # its text could quote tensors
+            # Another's text could quote tensors.
+            log.error("engine failed: %s", error if isinstance(error, DecodeError) else type(error).__name__)
             return [failed()]
 
     def _run(self, works: Sequence[AppendWork]) -> list[Outcome]:
-        bounded = [bool(np.abs(work.embeddings).max() < LARGEST) for work in works]
-        outcomes = iter(self._answers([work for work, fits in zip(works, bounded, strict=True) if fits]))
-        return [next(outcomes) if fits else _refused(work) for work, fits in zip(works, bounded, strict=True)]
-
-    def _answers(self, works: Sequence[AppendWork]) -> list[Outcome]:
-        rows: list[Array | None] = [_known(work) for work in works]
-        for want in WANTS:
-            new = [at for at, found in enumerate(rows) if found is None and works[at].want == want]
-            if new:
-                for at, found in zip(new, self._append([works[at] for at in new], want), strict=True):
-                    rows[at] = found
-        outcomes = [_answer(work, found) for work, found in zip(works, rows, strict=True) if found is not None]
-        for work, outcome in zip(works, outcomes, strict=True):
-            if not isinstance(outcome, (LogitRows, HiddenRows)):
+        outcomes = [_at_once(work) for work in works]
+        for want, chosen in _together(works, [at for at, outcome in enumerate(outcomes) if outcome is None]):
+            for at, outcome in zip(chosen, self._append([works[at] for at in chosen], want), strict=True):
+                outcomes[at] = outcome
+        done = [outcome for outcome in outcomes if outcome is not None]
+        for work, outcome in zip(works, done, strict=True):
+            if isinstance(outcome, RequestError):
                 work.cache.cut(work.keep)
-        return outcomes
+        return done
 
-    def _append(self, works: Sequence[AppendWork], want: Want) -> list[Floats]:
-        """The rows that each work asks for; its cache has grown by it."""
+    def _append(self, works: Sequence[AppendWork], want: Want) -> list[Outcome]:
+        """What comes of works that go through the model together. The caches of those that succeed have grown."""
+        if self._poisoned:
+            self._clear()
         caches = [_prepared(work) for work in works]
         while self._sequences.forgotten:
             self._context.remove(*self._sequences.forgotten.popleft())
+        there = [at for at, work in enumerate(works) if work.keep == caches[at].length]
+        outcomes: list[Outcome] = [_gone()] * len(works)
+        if there:
+            found = self._appended([works[at] for at in there], [caches[at] for at in there], want)
+            for at, outcome in zip(there, found, strict=True):
+                outcomes[at] = outcome
+        return outcomes
+
+    def _clear(self) -> None:
+        """Forgets everything. llama.cpp hides a cell from other sequences by adding to scores, and NaN plus anything is
+        NaN: in cells that nobody has any more it would still be in everyone's way."""
+        self._context.clear()
+        self._sequences.generation += 1
+        self._poisoned = False
+
+    def _appended(self, works: Sequence[AppendWork], caches: Sequence[LlamaCache], want: Want) -> list[Outcome]:
         pieces = []
         for work, cache in zip(works, caches, strict=True):
             cache.stored = work.end
             assert cache.sequence is not None
-            pieces.append(Piece(cache.sequence, work.keep, work.embeddings, work.rows))
+            # Of a work that asks for nothing a row is looked at, as what it stores others must be able to bear.
+            pieces.append(Piece(cache.sequence, work.keep, work.embeddings, max(1, work.rows)))
         found = self._context.decode(pieces, want)
-        rows: list[Floats] = []
+        outcomes: list[Outcome] = []
         first = 0
-        for work, cache in zip(works, caches, strict=True):
-            own = found[first : first + work.rows]
-            rows.append(own)
-            first += work.rows
+        for work, cache, piece in zip(works, caches, pieces, strict=True):
+            own = found[first : first + piece.rows]
+            first += piece.rows
+            if not all(host_rows.finite(row) for row in own):
+                self._poisoned = True
+                outcomes.append(_spoilt(cache, alone=len(works) == 1))
+                continue
             cache.length = work.end
             cache.last = None
+            cache.alone = cache.alone and not work.rows  # until all of a request is through
             if work.rows and want == "logits":
                 # A copy, unless it is all there is: the others' rows are not kept for it.
                 row = own if len(found) == 1 else own[-1:].copy()
                 cache.last = Last(np.array(work.embeddings[-1:]), row)
-        return rows
+            width = self.hidden_size if work.want == "hidden" else own.shape[-1]
+            outcomes.append(_answer(work, own if work.rows else np.empty((0, width), np.float32)))
+        return outcomes
 
 
-def _refused(work: AppendWork) -> Outcome:
-    """What the model could not compute with."""
-    work.cache.cut(work.keep)
-    return not_finite()
+def _at_once(work: AppendWork) -> Outcome | None:
+    """What comes of a work that the model cannot compute with, or that is known. None: it is to be computed."""
+    if not np.abs(work.embeddings).max() < LARGEST:
+        return not_finite()
+    if work.want == "logits" and work.repeats_last and work.cache.last:
+        return _answer(work, work.cache.last.state)
+    return None
+
+
+def _together(works: Sequence[AppendWork], new: Sequence[int]) -> list[tuple[Want, list[int]]]:
+    """Which of the `new` works go through the model at the same time: those that want the same. What those may do that
+    go alone harms none that went before."""
+    wants: list[Want] = [work.want if work.rows else "logits" for work in works]  # of few tokens, unlike hidden states
+    alone = [at for at in new if _cache(works[at]).alone]
+    groups = [(want, [at for at in new if wants[at] == want and at not in alone]) for want in WANTS]
+    return [(want, chosen) for want, chosen in groups if chosen] + [(wants[at], [at]) for at in alone]
+
+
+def _cache(work: AppendWork) -> LlamaCache:
+    assert isinstance(work.cache, LlamaCache)
+    return work.cache
 
 
 def _prepared(work: AppendWork) -> LlamaCache:
     """The cache of a work, cut and with room for it."""
-    cache = work.cache
-    assert isinstance(cache, LlamaCache)
+    cache = _cache(work)
+    cache.renew()
     cache.cut(work.keep)
     if not work.reserve():
         raise MemoryError("KV pool: nothing was reserved")
     return cache
 
 
-def _known(work: AppendWork) -> Array | None:
-    """The last position's logits where it alone is appended again."""
-    return work.cache.last.state if work.want == "logits" and work.repeats_last and work.cache.last else None
+def _spoilt(cache: LlamaCache, *, alone: bool) -> Outcome:
+    """What a session is told whose rows are not finite. In company that may be another's doing, so each of them comes
+    again, and goes alone."""
+    if alone:
+        return not_finite()
+    cache.cut(0)
+    cache.alone = True
+    return _gone()
+
+
+def _gone() -> RequestError:
+    """What makes a device send everything again."""
+    return RequestError("out_of_step", "the KV cache was cleared meanwhile")
 
 
 def _answer(work: AppendWork, rows: Array) -> Outcome:

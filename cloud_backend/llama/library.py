@@ -57,7 +57,8 @@ def _heard(level: int, text: bytes, _data: object) -> None:
     if level == ERROR:
         _errors.append(line)
     if line and "stip." not in line:
-        log.debug("llama.cpp: %s", line)
+        # Of a failure it says counts, positions and names of tensors; it sees embeddings, and quotes none.
+        log.log(logging.WARNING if level == ERROR else logging.DEBUG, "llama.cpp: %s", line)
 
 
 def forget_failures() -> None:
@@ -99,14 +100,33 @@ def features() -> dict[str, list[str]]:
 
 def gpus() -> list[str]:
     """The graphics cards that this build can use, as ggml names them: CUDA0, Metal, Vulkan0."""
+    ggml = _ggml()
+    return [ggml.ggml_backend_dev_name(card).decode() for card in _cards(ggml)]
+
+
+def gpu_memory() -> int:
+    """Bytes that are free now on the graphics cards that this build can use, all together as it uses them."""
+    ggml = _ggml()
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    found = 0
+    for card in _cards(ggml):
+        ggml.ggml_backend_dev_memory(card, ctypes.byref(free), ctypes.byref(total))
+        found += free.value
+    return found
+
+
+def _ggml() -> Any:
+    """The C functions of ggml, on which llama.cpp rests. Raises UsageError as `library` does."""
+    library()  # which says what is missing
     ggml = importlib.import_module("llama_cpp._ggml").libggml
     ggml.ggml_backend_dev_get.restype = ctypes.c_void_p
     ggml.ggml_backend_dev_name.restype = ctypes.c_char_p
     ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
-    library()
-    names = []
-    for at in range(ggml.ggml_backend_dev_count()):
-        device = ctypes.c_void_p(ggml.ggml_backend_dev_get(ctypes.c_size_t(at)))
-        if ggml.ggml_backend_dev_type(device) == GPU:
-            names.append(ggml.ggml_backend_dev_name(device).decode())
-    return names
+    ggml.ggml_backend_dev_memory.restype = None
+    return ggml
+
+
+def _cards(ggml: Any) -> list[ctypes.c_void_p]:
+    found = range(ggml.ggml_backend_dev_count())
+    devices = [ctypes.c_void_p(ggml.ggml_backend_dev_get(ctypes.c_size_t(at))) for at in found]
+    return [device for device in devices if ggml.ggml_backend_dev_type(device) == GPU]

@@ -6,12 +6,14 @@ import logging
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import transformers
 
-from cloud_backend.kv_cache import PAGE, PagePool
+from cloud_backend import opening
+from cloud_backend.kv_cache import PAGE, PagePool, cannot_be_allocated
 from cloud_backend.llama.context import KVDtype, LlamaModel
 from cloud_backend.llama.engine import LlamaEngine
-from cloud_backend.llama.library import gpus
+from cloud_backend.llama.library import gpu_memory, gpus
 from shared.errors import BundleError, UsageError
 from shared.manifest import CloudManifest
 
@@ -30,12 +32,11 @@ def open_llama(
     device: str = "auto",
     context: int | None = None,
     kv_bytes: int | None = None,
-    most_kv_bytes: int,
 ) -> LlamaEngine:
     """The engine of a folder whose files are checked.
 
     dtype: auto or float32, as the file says what weights are. kv_bytes: the KV memory; None takes what a few sessions
-    of full length need, and at most `most_kv_bytes`.
+    of full length need, and at most a share of what is free once the weights are loaded.
 
     Raises BundleError for a file that is another export's or that llama.cpp cannot load, and UsageError where it cannot
     run as asked.
@@ -53,7 +54,8 @@ def open_llama(
     page_bytes = PAGE * _position_values(model) * KV_BYTES[kv_dtype]
     longest = min(context or model.context, model.context)
     wanted = FULL_SESSIONS * -(-longest // PAGE) * page_bytes
-    pool = PagePool(page_bytes, kv_bytes or min(wanted, most_kv_bytes))
+    free = gpu_memory() if where == "cuda" else opening.free_memory("cpu")
+    pool = PagePool(page_bytes, kv_bytes or min(wanted, free // opening.SHARE[where]))
     log.info(
         "%s: llama.cpp, %s; KV memory in %s: %d MiB, %d positions",
         manifest.served_name,
@@ -63,7 +65,13 @@ def open_llama(
         pool.positions,
     )
     vocab_size = 0 if model.vocab_size == 1 else model.vocab_size  # 1: devices classify
-    return LlamaEngine(model, pool, context=longest, vocab_size=vocab_size, kv_dtype=kv_dtype, device=where)
+    # llama.cpp writes to all of it at once, and a system may give more than there is until then.
+    if where == "cpu" and pool.budget > psutil.virtual_memory().total:
+        raise cannot_be_allocated(pool.budget)
+    try:
+        return LlamaEngine(model, pool, context=longest, vocab_size=vocab_size, kv_dtype=kv_dtype, device=where)
+    except MemoryError:
+        raise cannot_be_allocated(pool.budget) from None
 
 
 def _device(asked: str) -> Literal["cpu", "cuda"]:

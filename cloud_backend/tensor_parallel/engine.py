@@ -21,7 +21,7 @@ from cloud_backend.kv_cache import Pages
 from cloud_backend.opening import SHARE, free_memory, load_model, stock_class
 from cloud_backend.step import Span
 from cloud_backend.tensor_parallel.orders import Classify, Load, Piece, Run
-from cloud_backend.tensor_parallel.split import split_of
+from cloud_backend.tensor_parallel.split import Split, split_of
 from shared.errors import StipError, UsageError
 from shared.manifest import CloudManifest
 from shared.wire import FloatName
@@ -90,13 +90,7 @@ def open_split(
 ) -> TensorParallelEngine:
     """Loads a checked folder into all ranks. Raises UsageError where it cannot be split over so many, BundleError where
     its checkpoint is not whole, and EngineError where a rank fails."""
-    if manifest.kind != "decoder":
-        raise UsageError(
-            f"{folder}: --tensor-parallel: seen a model of the kind {manifest.kind}, wanted a decoder",
-            hint="serve it without, or by several replicas",
-        )
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    split = split_of(stock_class(folder, manifest.kind), config, ranks.processes)
+    split = split_of_folder(folder, manifest, ranks.processes)
     log.info("%s: %s", manifest.served_name, split)
     order = Load(str(folder.resolve()), dtype, ranks.device, dict(split.rules), context, kv_bytes)
     number = ranks.start_loading(order)
@@ -108,6 +102,25 @@ def open_split(
         raise
     except Exception as error:
         raise ranks.loss(f"loading failed: {type(error).__name__}") from error
+
+
+def split_of_folder(folder: Path, manifest: CloudManifest, processes: int) -> Split:
+    """How so many processes share the model of a folder, by its manifest and its config.json alone.
+
+    Raises UsageError where it cannot be split over so many, and BundleError where config.json cannot be read.
+    """
+    if manifest.weights == "gguf":
+        raise UsageError(
+            f"{folder}: --tensor-parallel: seen the engine llama.cpp, wanted torch",
+            hint="serve it without --tensor-parallel, or export it again without --gguf",
+        )
+    if manifest.kind != "decoder":
+        raise UsageError(
+            f"{folder}: --tensor-parallel: seen a model of the kind {manifest.kind}, wanted a decoder",
+            hint="serve it without, or by several replicas",
+        )
+    stock = stock_class(folder, manifest.kind)
+    return split_of(stock, transformers.AutoConfig.from_pretrained(folder, local_files_only=True), processes)
 
 
 def load_part(order: Load) -> Any:

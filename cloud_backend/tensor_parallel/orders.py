@@ -35,7 +35,7 @@ class Meet(msgspec.Struct, tag=True, frozen=True):
 
 
 class Load(msgspec.Struct, tag=True, frozen=True):
-    """Load your part of the model of a folder; answered by `Loaded`."""
+    """Load your part of the model of a folder; answered by a `Reply`."""
 
     folder: str
     dtype: FloatName
@@ -43,6 +43,13 @@ class Load(msgspec.Struct, tag=True, frozen=True):
     rules: dict[str, str]  # of transformers' plan
     context: int | None
     kv_bytes: int | None
+
+
+class Begin(msgspec.Struct, tag=True, frozen=True):
+    """All have loaded: agree on the KV memory.
+
+    A process that has loaded waits for this, as another may load for longer than collectives wait.
+    """
 
 
 class Piece(msgspec.Struct, array_like=True, frozen=True):

@@ -1,4 +1,4 @@
-"""A process beside the server's that holds its part of every model: `python -m cloud_backend.tensor_parallel.rank`.
+"""A process beside the server's that holds its part of every model; `ranks` starts it.
 
 It does what the server says over a socket, and ends when that closes, or when it fails: from there the ranks could not
 go on together.
@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cloud_backend.log import log_to_stderr
-from cloud_backend.tensor_parallel.orders import Join, Line, Load, Meet, Order, Reply
+from cloud_backend.tensor_parallel.orders import Begin, Join, Line, Load, Meet, Order, Reply
 from shared.errors import StipError
 
 if TYPE_CHECKING:
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("stip.cloud")
 
 
-def main() -> None:
-    descriptor, told = sys.argv[1:]
+def main(descriptor: str, told: str) -> None:
+    """Serves the socket of that number. told: a Join, in JSON."""
     line, join = Line(socket.socket(fileno=int(descriptor))), msgspec.json.decode(told, type=Join)
     watching = threading.Thread(target=_end_with_server, args=(line, join), daemon=True)
     watching.start()
@@ -84,8 +83,5 @@ def _load(line: Line, order: Load) -> Part:
         line.send(Reply(str(error) if isinstance(error, StipError) else type(error).__name__))
         raise
     line.send(Reply())
+    line.receive(Begin)
     return Part(model, order.dtype, order.context, budget_of(order))
-
-
-if __name__ == "__main__":
-    main()

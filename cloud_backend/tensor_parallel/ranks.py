@@ -25,7 +25,7 @@ import torch
 import torch.distributed as group
 
 from cloud_backend.log import LogFormat
-from cloud_backend.tensor_parallel.orders import Join, Line, Load, Meet, Order, Reply
+from cloud_backend.tensor_parallel.orders import Begin, Join, Line, Load, Meet, Order, Reply
 from shared.errors import EngineError, UsageError
 
 log = logging.getLogger("stip.cloud")
@@ -34,6 +34,13 @@ STEP_SECONDS = 60.0  # that a rank waits for another in the middle of a step
 MOMENT = 2.0  # seconds in which the end of a process is known after its sockets closed
 END_SECONDS = 5.0
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+# A rank imports what the server would, from the same places: `python -m` would look in the current folder first.
+START = """
+import sys
+descriptor, told, *sys.path = sys.argv[1:]
+from cloud_backend.tensor_parallel.rank import main
+main(descriptor, told)
+"""
 # What the ranks say to each other stays on this machine, whatever the environment says.
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
@@ -95,7 +102,7 @@ class Ranks:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def tell(self, order: Order) -> None:
+    def tell(self, order: Order | Begin) -> None:
         """Raises OSError where one of them is gone."""
         for other in self._others:
             other.line.send(order)
@@ -115,8 +122,12 @@ class Ranks:
         return self._models - 1
 
     def all_loaded(self) -> None:
-        """Waits until the others have loaded what they were told to. Raises EngineError where one could not."""
+        """Waits until the others have loaded what they were told to, and lets them begin with it.
+
+        Raises EngineError where one could not, OSError where one is gone since.
+        """
         self._all("load its part")
+        self.tell(Begin())
 
     def loss(self, seen: str) -> EngineError:
         """The error to raise where something went wrong among the ranks: what is known of it, else `seen`."""
@@ -145,7 +156,7 @@ class Ranks:
         with theirs:
             arguments = [str(theirs.fileno()), msgspec.json.encode(self._join(rank)).decode()]
             process = subprocess.Popen(
-                [sys.executable, "-m", "cloud_backend.tensor_parallel.rank", *arguments],
+                [sys.executable, "-c", START, *arguments, *sys.path],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -11,7 +11,7 @@ from shared.errors import UsageError
 
 # The style of transformers' plans with which every process has all of a tensor; in training it is more than that.
 WHOLE = "replicated_with_grad_allreduce"
-MOST = 64  # processes that a hint names
+MOST = 64  # processes that may share a model
 WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 
 

@@ -49,7 +49,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     kind: Kind = "decoder"
     scheme: str
     head: Literal["cloud", "device"]
-    dtype: str
+    dtype: str  # of what travels
+    quantisation: str | None = None  # what the cloud's matrices are in a GGUF file, mostly; None for safetensors
     model: str | None  # its last component alone; None where no public model was given
     machine: Machine
     seconds: float  # of the whole audit
@@ -76,6 +77,7 @@ def make_report(
         scheme=scene.target.scheme,
         head=scene.target.head,
         dtype=str(scene.target.dtype).removeprefix("torch."),
+        quantisation=scene.quantisation,
         model=None if model is None else last_component(model),
         machine=machine(),
         seconds=round(seconds, 1),
@@ -167,7 +169,8 @@ def audited(report: Report) -> str:
     if report.kind in ("encoder", "image-encoder"):
         place = f", {report.kind}"
     against = f"against the public model {report.model}" if report.model else "no public model given"
-    return f"{report.served_name}: scheme {report.scheme}{place}, {report.dtype}; {against}"
+    values = report.dtype if report.quantisation is None else f"{report.dtype}, weights {report.quantisation} (GGUF)"
+    return f"{report.served_name}: scheme {report.scheme}{place}, {values}; {against}"
 
 
 def summary(report: Report) -> list[str]:

@@ -62,13 +62,13 @@ class Target:
     scheme: str
     head: Literal["cloud", "device"]
     weights: Weights
-    dtype: torch.dtype  # of what is stored and what travels
+    dtype: torch.dtype  # of what travels, and of what is stored unless that is a GGUF file
     key: UserKey
     tokens: Tokens  # the victim's own
     block: int = 0  # features of the stream that quantised weights keep together; 0 where they move freely
 
     def vectors(self, embeddings: Array, stream: str = "residual") -> Array:
-        """What goes up for plain rows [..., width] of a stream, in the values of the stored dtype, as float32."""
+        """What goes up for plain rows [..., width] of a stream, in the values of `dtype`, as float32."""
         hide = self.key.hide_encoder if stream == "encoder" else self.key.hide
         rounded: Array = torch.from_numpy(np.ascontiguousarray(hide(embeddings))).to(self.dtype).float().numpy()
         return rounded
@@ -83,6 +83,8 @@ class Scene:
     tokens: Tokens  # public; of no rows where the model takes no text
     base: Weights | None  # all of the public base model, where the attacker has it, as a cloud would run it
     text: Text
+    stored: Callable[[str, torch.Tensor], torch.Tensor]  # a tensor's values as the export stores them, as float32
+    quantisation: str | None = None  # what most of a GGUF file's matrices are; None for safetensors
     tied: bool = False  # whether the base model's classifier is its token table
     images: Images | None = None
 
@@ -187,16 +189,24 @@ def open_scene(out: Path, model: str | None) -> Scene:
     tokens, text = NO_TOKENS, NO_TEXT
     if family.text is not None:
         tokens, text = device_tokens(out / "device"), read_text(out / "device" / "tokenizer.json")
+    dtype = DTYPES[device.dtype]
     target = Target(
         scheme=cloud.scheme,
         head=device.head,
         weights=Weights(config, weights.shapes, lambda name: weights.read(name).float()),
-        dtype=DTYPES[device.dtype],
+        dtype=dtype,
         key=UserKey.load(out / "device" / "key.safetensors"),
         tokens=tokens,
         block=_block(weights, family),
     )
-    scene = Scene(target, family, tokens, None, text, images=device_images(out / "device", device))
+
+    def stored(name: str, values: torch.Tensor) -> torch.Tensor:
+        if isinstance(weights, GgufWeights) and name in weights.shapes:
+            return weights.stored(name, values)
+        return values.to(dtype).float()
+
+    images = device_images(out / "device", device)
+    scene = Scene(target, family, tokens, None, text, stored, cloud.quantisation, images=images)
     return scene if model is None else _with_base(scene, model)
 
 
@@ -251,7 +261,7 @@ def public(source: Source, family: Family) -> Weights:
 
 
 def unprotected(scene: Scene, *, folds: bool | None = None) -> Target:
-    """The victim without protection: the public weights in the stored dtype, every space listed backwards.
+    """The victim without protection: the public weights as the export stores them, every space listed backwards.
 
     folds: whether gains are folded; by default as in the victim at hand, so that attacks must undo it here too.
     """
@@ -266,7 +276,7 @@ def unprotected(scene: Scene, *, folds: bool | None = None) -> Target:
     def backwards(name: str) -> torch.Tensor:
         axes = scene.family.axes(name)
         moved = scheme.act(name, read(name), axes, read) if isinstance(axes, tuple) else read(name)
-        return moved.to(scene.target.dtype).float()
+        return scene.stored(name, moved)
 
     shapes = {name: shape for name, shape in known.shapes.items() if name != scene.family.embedding}
     config = copy.deepcopy(known.config)

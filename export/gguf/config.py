@@ -24,7 +24,6 @@ _NAMES = {
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-    "final_logit_softcapping": "final_logit_softcapping",
 }
 # How models with Llama 3's rotary positions were trained; their files have the factors of frequencies alone.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -49,10 +48,6 @@ def mended(
         config.n_inner = metadata["feed_forward_length"]
     if config.model_type.endswith("_moe"):
         config.norm_topk_prob = config.model_type == "qwen3_moe"  # what llama.cpp computes for any such file
-    if "attention.sliding_window_pattern" in metadata:
-        period = metadata["attention.sliding_window_pattern"]
-        kinds = ("full_attention", *["sliding_attention"] * (period - 1))
-        config.layer_types = [kinds[(layer + 1) % period] for layer in range(config.num_hidden_layers)]
     for setting, bias in (("attention_bias", "attn_output.bias"), ("mlp_bias", "ffn_down.bias")):
         if config.model_type == "llama":
             setattr(config, setting, f"blk.0.{bias}" in tensors)
@@ -91,7 +86,4 @@ def _rotation(config: Any, metadata: Mapping[str, Any], factors: torch.Tensor | 
         read = frequency_factors(config)
         if read is not None and torch.allclose(read, factors, rtol=1e-4):
             rope = config.rope_parameters
-    if config.model_type == "gemma3_text":
-        local = {"rope_theta": metadata.get("rope.freq_base_swa", 10000.0), "rope_type": "default"}
-        return {"full_attention": rope, "sliding_attention": local}
     return rope

@@ -22,6 +22,10 @@ Bytes = npt.NDArray[np.uint8]
 
 FLOATS = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 SLICE = 2**20  # values that are encoded or decoded at a time
+_TOKENS, _EOT = "tokenizer.ggml.tokens", "tokenizer.ggml.eot_token_id"
+_ENDS = ("tokenizer.ggml.eos_token_id", _EOT, "tokenizer.ggml.eom_token_id")
+# What ends a turn in the chat formats of the architectures here.
+_TURN_ENDS = (b"<|eot_id|>", b"<|eom_id|>", b"<|im_end|>", b"<|end|>", b"<end_of_turn>")
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,29 @@ def decoded(raw: Bytes, kind: Kind) -> torch.Tensor:
     return torch.from_numpy(made)
 
 
+def rounded(values: torch.Tensor, kind: Kind) -> torch.Tensor:
+    """Values [..., columns] as a type holds them. Raises NotImplementedError for a type that the library only reads."""
+    return decoded(encoded(values, kind), kind).view(values.shape)
+
+
 def _slices(shape: tuple[int, ...]) -> Iterator[slice]:
     step = max(1, SLICE // shape[1])
     return (slice(start, start + step) for start in range(0, shape[0], step))
+
+
+class Metadata(dict[str, Any]):
+    """What a file says, by key. Raises SourceError for a key that is not there."""
+
+    def __init__(self, path: Path, said: Mapping[str, Any]) -> None:
+        super().__init__(said)
+        self._path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise SourceError(f"{self._path}: its metadata has no {key}", hint="give the model's safetensors")
+
+    def without(self, prefix: str) -> Metadata:
+        """The same, keys that begin so without their beginning."""
+        return Metadata(self._path, {key.removeprefix(prefix): value for key, value in self.items()})
 
 
 class GgufFile:
@@ -95,9 +119,9 @@ class GgufFile:
         self.path = path
         try:
             reader = gguf.GGUFReader(path)
-            self.metadata: dict[str, Any] = {
-                key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")
-            }
+            said = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
+            self.metadata = Metadata(path, said)
+            self.end_ids = _end_ids(reader.fields)  # of tokens at which generation ends
         except (ValueError, OSError, KeyError, IndexError) as error:
             raise SourceError(f"{path}: {error}", hint="truncated or not GGUF? download it again") from None
         self.tensors = {
@@ -106,15 +130,30 @@ class GgufFile:
         self._offsets = {one.name: int(one.data_offset) for one in reader.tensors}
 
     def raw(self, name: str) -> Bytes:
-        """A tensor's rows [rows, bytes], as stored."""
+        """A tensor's rows [rows, bytes], as stored. Raises SourceError where the file has gone or changed since."""
         tensor = self.tensors[name]
-        raw = np.fromfile(self.path, np.uint8, tensor.bytes, offset=self._offsets[name])
+        try:
+            raw = np.fromfile(self.path, np.uint8, tensor.bytes, offset=self._offsets[name])
+        except OSError as error:
+            raise SourceError(f"{self.path}: tensor {name}: {error.strerror or error}") from None
+        if raw.size != tensor.bytes:
+            raise SourceError(f"{self.path}: tensor {name}: seen {raw.size} bytes, wanted {tensor.bytes}")
         return raw.reshape(-1, tensor.row_bytes)
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor's values in its shape."""
         tensor = self.tensors[name]
         return decoded(self.raw(name), tensor.kind).view(tensor.shape)
+
+
+def _end_ids(fields: Mapping[str, gguf.ReaderField]) -> frozenset[int]:
+    """The tokens that a file says are ends: of a text, a turn, a message. Older ones do not say what ends a turn: there
+    the tokens that do by their text are taken too."""
+    ids = {int(fields[key].contents()) for key in _ENDS if key in fields}
+    if _EOT not in fields and _TOKENS in fields:
+        tokens = fields[_TOKENS]
+        ids |= {token for token, part in enumerate(tokens.data) if tokens.parts[part].tobytes() in _TURN_ENDS}
+    return frozenset(ids)
 
 
 def write_gguf(

@@ -19,7 +19,7 @@ from transformers.core_model_loading import dot_natural_key
 from export.cloud_half import CloudPlan
 from export.families import Family, Read
 from export.gguf.blocks import levels, merged
-from export.gguf.file import FLOATS, GgufFile, Tensor, block, decoded, encoded
+from export.gguf.file import FLOATS, GgufFile, Tensor, block, rounded
 from export.gguf.layout import CLASSIFIER, FREQUENCIES, TOKEN_TABLE, Form, Forms
 from export.gguf.settings import frequency_factors, settings
 from export.original import original
@@ -48,6 +48,7 @@ class GgufPlan:
     metadata: Mapping[str, object]
     source: GgufFile | None  # whose blocks are moved; None where values are stored anew
     origins: Mapping[str, str]  # of the file's tensors: which of the source's they are made of
+    unquantised: list[str]  # the stock model's matrices whose columns are not whole blocks, so that they are in float32
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,16 +61,16 @@ class GgufPlan:
 
     def original(self, source: Source, family: Family, dtype: torch.dtype) -> Read:
         """Reads the original with the values that this half stores, and in `dtype` what devices have."""
-        plain, rounded = original(source, family, torch.float32), original(source, family, dtype)
+        plain, on_devices = original(source, family, torch.float32), original(source, family, dtype)
 
         def read(name: str) -> torch.Tensor:
             form = self.forms.get(name)
             if form is None or any(part in self.zeros for part in form.names):
-                return rounded(name)
+                return on_devices(name)
             if self.source is not None:
                 return plain(name)
             parts = zip(form.stored(plain(name)), (self.tensors[part].kind for part in form.names), strict=True)
-            return form.stock([decoded(encoded(part, kind), kind).view(part.shape) for part, kind in parts]).float()
+            return form.stock([rounded(part, kind) for part, kind in parts]).float()
 
         return read
 
@@ -89,7 +90,7 @@ def plan_gguf(
     tensors = {TOKEN_TABLE: Tensor(classifier, _small(classifier[1]))}
     if factors is not None:
         tensors[FREQUENCIES] = Tensor(tuple(factors.shape), Kind.F32)
-    zeros, origins = {TOKEN_TABLE}, dict[str, str]()
+    zeros, origins, unquantised = {TOKEN_TABLE}, dict[str, str](), list[str]()
     for name, one in forms.items():
         for number, (part, shape) in enumerate(zip(one.names, one.shapes(shapes[name]), strict=True)):
             if name in plan.zeros:
@@ -99,7 +100,10 @@ def plan_gguf(
                 origins[part] = moved.forms[plan.stored[name]].names[number]
                 kind = moved.file.tensors[origins[part]].kind
             else:
-                kind = _kind(part, shape, Kind[wanted.upper()])
+                asked = _asked(part, shape, Kind[wanted.upper()])
+                kind = asked if shape[-1] % block(asked) == 0 else Kind.F32
+                if kind is not asked and name not in unquantised:
+                    unquantised.append(name)
             tensors[part] = Tensor(shape, kind)
     made = Kind[wanted.upper()] if moved is None else _most(tensors, zeros)
     _check_made(made, moved, config.hidden_size)
@@ -119,6 +123,7 @@ def plan_gguf(
         metadata=metadata,
         source=None if moved is None else moved.file,
         origins=origins,
+        unquantised=unquantised,
     )
 
 
@@ -154,13 +159,11 @@ def _small(columns: int) -> Kind:
     return next(kind for kind in _SMALL if columns % block(kind) == 0)
 
 
-def _kind(part: str, shape: tuple[int, ...], wanted: Kind) -> Kind:
-    """What a tensor is stored as: norms, biases and routers are few values, and llama.cpp wants them in float32."""
+def _asked(part: str, shape: tuple[int, ...], wanted: Kind) -> Kind:
+    """What a tensor should be: norms, biases and routers are few values, and llama.cpp wants them in float32."""
     if len(shape) < 2 or "ffn_gate_inp" in part:
         return Kind.F32
-    if wanted not in FLOATS and part == CLASSIFIER:
-        wanted = Kind.Q8_0
-    return wanted if shape[-1] % block(wanted) == 0 else Kind.F32
+    return Kind.Q8_0 if wanted not in FLOATS and part == CLASSIFIER else wanted
 
 
 def _most(tensors: Mapping[str, Tensor], zeros: set[str]) -> Kind:

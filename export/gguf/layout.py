@@ -1,7 +1,7 @@
 """How llama.cpp stores the tensors of stock models: its architectures, and every tensor's form, in both directions.
 
 Both sides hold the same values; names differ, and for some architectures the order of rows, which axis comes first,
-whether a tensor is one or two, or what is added to a norm's weight. The forms are those of llama.cpp's own converter.
+or whether a tensor is one or two. The forms are those of llama.cpp's own converter.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ class Layout:
 
     architecture: gguf.MODEL_ARCH
     interleaved: bool = False  # the two features of each rotary plane are neighbours, not half a head apart
-    norm_offset: float = 0.0  # what is added to the weights of norms
     # The activations of the feed-forward block, by transformers' names, that llama.cpp computes for it.
     activations: tuple[str, ...] = ("silu", "swish")
-    windows: bool = False  # whether layers may attend within a window
     scaled_frequencies: bool = False  # whether factors of rotary frequencies may be stored (Llama 3)
 
     @property
@@ -46,8 +44,8 @@ LAYOUTS: dict[str, Layout] = {
     "qwen3": Layout(gguf.MODEL_ARCH.QWEN3),
     "qwen2_moe": Layout(gguf.MODEL_ARCH.QWEN2MOE),
     "qwen3_moe": Layout(gguf.MODEL_ARCH.QWEN3MOE),
-    # Gemma 1 and 2 are not here: llama.cpp scales embeddings in their graphs, those that it is given too.
-    "gemma3_text": Layout(gguf.MODEL_ARCH.GEMMA3, norm_offset=1.0, activations=_TANH_GELU, windows=True),
+    # Gemma is not here. llama.cpp scales embeddings in the graphs of Gemma 1 and 2, those that it is given too; Gemma 3
+    # has sliding windows, and what is behind one cannot be gone back to: see `settings`.
     "phi": Layout(gguf.MODEL_ARCH.PHI2, activations=_TANH_GELU),
     "phi3": Layout(gguf.MODEL_ARCH.PHI3),
     "gpt2": Layout(gguf.MODEL_ARCH.GPT2, activations=_TANH_GELU),
@@ -59,7 +57,6 @@ FREQUENCIES = "rope_freqs.weight"  # factors of rotary frequencies, which no sto
 _EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
 _CONV1D = re.compile(r"transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 _TURNED = re.compile(r".*\.self_attn\.(q|k)_proj\.(weight|bias)")
-_NORM = re.compile(r".*norm\.weight")
 
 
 def layout_of(model_type: str) -> Layout:
@@ -79,7 +76,6 @@ class Form:
     names: tuple[str, ...]  # of the stored tensors that make it up, side by side on the axis of its outputs
     transposed: bool = False  # the stock model has it [in, out], as Conv1D does
     heads: int = 0  # of these the rotary halves are interleaved; 0: of none
-    offset: float = 0.0  # added to every value
     flat: bool = False  # the stock model has one row of it, llama.cpp no axis for that
 
     def stored(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -91,15 +87,11 @@ class Form:
         if self.heads:  # [heads, halves, planes, …] → [heads, planes, halves, …]
             halves = tensor.reshape(self.heads, 2, -1, *tensor.shape[1:])
             tensor = halves.transpose(1, 2).reshape(tensor.shape)
-        if self.offset:
-            tensor = tensor.float() + self.offset
         return tensor.chunk(len(self.names), dim=_outputs(tensor))
 
     def stock(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """The way back."""
         tensor = parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=_outputs(parts[0]))
-        if self.offset:
-            tensor = tensor.float() - self.offset
         if self.heads:
             planes = tensor.reshape(self.heads, -1, 2, *tensor.shape[1:])
             tensor = planes.transpose(1, 2).reshape(tensor.shape)
@@ -144,7 +136,6 @@ class Forms:
             (f"{known}.{suffix}",),
             transposed=_CONV1D.fullmatch(name) is not None,
             heads=self._heads[turned[1]] if turned else 0,
-            offset=self.layout.norm_offset if _NORM.fullmatch(name) else 0.0,
             flat=name.endswith("shared_expert_gate.weight"),
         )
 

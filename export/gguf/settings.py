@@ -28,7 +28,6 @@ def settings(config: PretrainedConfig, vocab_size: int) -> dict[str, Setting]:
 def described(config: PretrainedConfig, vocab_size: int) -> dict[str, Setting]:
     """The metadata that llama.cpp reads, without the architecture's name before each key: sizes, heads, norms, rotary
     positions, experts."""
-    layout = layout_of(config.model_type)
     heads, dim = config.num_attention_heads, head_dim(config)
     kept: dict[str, Setting] = {
         "block_count": config.num_hidden_layers,
@@ -48,13 +47,12 @@ def described(config: PretrainedConfig, vocab_size: int) -> dict[str, Setting]:
         ("num_experts_per_tok", "expert_used_count"),
         ("moe_intermediate_size", "expert_feed_forward_length"),
         ("shared_expert_intermediate_size", "expert_shared_feed_forward_length"),
-        ("final_logit_softcapping", "final_logit_softcapping"),
     ):
         if (value := getattr(config, name, None)) is not None:
             kept[key] = value
     if experts := _experts(config):
         kept["expert_count"] = experts
-    return kept | _rotary(config) | _windows(config, layout)
+    return kept | _rotary(config)
 
 
 def head_dim(config: Any) -> int:
@@ -90,10 +88,9 @@ def _experts(config: Any) -> int:
     return int(config.num_experts) if config.model_type.endswith("_moe") else 0
 
 
-def _rope(config: Any, layers: str = "full_attention") -> dict[str, Any]:
-    """The settings of rotary positions, those of a type of layer where they differ. Empty where there are none."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return dict(rope.get(layers) or rope)
+def _rope(config: Any) -> dict[str, Any]:
+    """The settings of rotary positions. Empty where there are none."""
+    return dict(getattr(config, "rope_parameters", None) or {})
 
 
 def _rotary(config: Any) -> dict[str, Setting]:
@@ -122,45 +119,28 @@ def _window(config: Any) -> int:
     return int(window)
 
 
-def _windows(config: Any, layout: Layout) -> dict[str, Setting]:
-    if not layout.windows:
-        return {}
-    # llama.cpp counts rotary frequencies of both kinds of layers, whether or not the window is ever full.
-    kept: dict[str, Setting] = {"attention.sliding_window": int(config.sliding_window)}
-    kept["attention.sliding_window_pattern"] = _period(config)
-    kept["rope.freq_base_swa"] = float(_rope(config, "sliding_attention")["rope_theta"])
-    return kept
-
-
-def _period(config: Any) -> int:
-    """Every how many layers one attends to all positions, the others within a window; 0 for another pattern."""
-    types = list(config.layer_types)
-    period = types.index("full_attention") + 1 if "full_attention" in types else len(types) + 1
-    wanted = ["sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(len(types))]
-    return period if types == wanted else 0
-
-
 # --- what llama.cpp does not compute ---
 
 
 def _unsupported(config: Any, layout: Layout) -> Iterator[str]:
     """Why llama.cpp would not compute what the stock model does, one reason after the other."""
-    names = ("hidden_activation", "hidden_act", "activation_function")
+    names = ("hidden_act", "activation_function")
     activation = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
     if activation not in layout.activations:
         yield f"activation: seen {activation!r}, wanted one of: {', '.join(layout.activations)}"
-    if _window(config) and not layout.windows:
-        yield f"sliding_window: seen {config.sliding_window}, wanted at least the context, {longest(config)}"
-    if layout.windows and not _period(config):
-        yield "layer_types: seen no regular pattern, wanted a full layer after every so many with windows"
+    if _window(config):
+        # llama.cpp gives cells to others once they are behind their sequence's window, and drops that part of the
+        # sequence. A session that is cut back, as after a refused draft, would lack keys and say nothing of it.
+        yield (
+            f"sliding_window: seen {config.sliding_window}, wanted at least the context, {longest(config)}, as "
+            "llama.cpp lets go of keys that a session may go back to"
+        )
     yield from _unsupported_rotation(config, layout)
     yield from _unsupported_experts(config)
     dim = head_dim(config)
     if config.model_type in ("phi", "phi3", "qwen2_moe") and dim * config.num_attention_heads != config.hidden_size:
         yield f"head_dim: seen {dim}, wanted {config.hidden_size} / {config.num_attention_heads}"
-    if (scalar := getattr(config, "query_pre_attn_scalar", None)) is not None and scalar != dim:
-        yield f"query_pre_attn_scalar: seen {scalar}, wanted the head's width, {dim}"
-    if config.model_type in ("qwen3", "qwen3_moe", "smollm3", "gemma3_text"):
+    if config.model_type in ("qwen3", "qwen3_moe", "smollm3"):
         for name in ("attention_bias", "mlp_bias"):
             if getattr(config, name, False):
                 yield f"{name}: seen true, wanted false"

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from cloud_backend.decoder import DecoderEngine
+from cloud_backend.llama.context import Piece, Want
 from cloud_backend.llama.engine import LlamaEngine
 
 Tokens = list[int]  # new embeddings of each session of a step
@@ -30,6 +34,25 @@ def computing_nan(engine: Any) -> Iterator[None]:
     """Within it a forward gives NaN."""
     with _after_each_forward(engine, lambda rows, tokens: rows * float("nan")):
         yield
+
+
+@contextmanager
+def poisoning(engine: LlamaEngine, tokens: int) -> Iterator[None]:
+    """Within it the model computes with NaN, and stores it, for requests of so many embeddings."""
+    context, real = engine._context, engine._context.decode
+
+    def poisoned(pieces: Sequence[Piece], want: Want) -> Any:
+        return real([_of_nan(piece) if len(piece.embeddings) == tokens else piece for piece in pieces], want)
+
+    context.decode = poisoned  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del context.decode
+
+
+def _of_nan(piece: Piece) -> Piece:
+    return replace(piece, embeddings=np.full_like(piece.embeddings, np.nan))
 
 
 @contextmanager

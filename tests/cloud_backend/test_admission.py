@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from cloud_backend.admission import Doorstep
 from cloud_backend.limits import Limits
 from cloud_backend.tokens import Tokens, add_token
 from shared import wire
@@ -334,3 +335,19 @@ def ask_without_end(device: Device) -> None:
             device.send(device.append(0, EMBEDDINGS[:8], rows=8, top_k=0))
     except Exception as error:
         assert "Closed" in type(error).__name__ or isinstance(error, OSError), error
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("192.0.2.1", "192.0.2.2", False),
+        ("::ffff:192.0.2.1", "::ffff:192.0.2.2", False),  # as a socket for IPv4 and IPv6 names them
+        ("::ffff:192.0.2.1", "192.0.2.1", True),
+        ("2001:db8::1", "2001:db8::2", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+    ],
+)
+def test_one_client_takes_no_place_of_another(one: str, other: str, same: bool) -> None:
+    doorstep = Doorstep(1)
+    assert doorstep.enter(one) is not None
+    assert (doorstep.enter(other) is None) is same

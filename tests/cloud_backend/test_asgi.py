@@ -17,11 +17,12 @@ import pytest
 import uvicorn
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from cloud_backend.asgi import Application, application
+from cloud_backend.asgi import Application, ASGISocket, application
 from cloud_backend.limits import Limits
 from cloud_backend.scheduler import Scheduler
 from cloud_backend.server import CloudServer
 from cloud_backend.serving import Serving
+from cloud_backend.sockets import Closed
 from cloud_backend.tokens import add_token
 from cloud_backend.words import parse
 from shared import wire
@@ -41,9 +42,9 @@ def under_uvicorn(app: Any) -> Iterator[str]:
 
 
 @contextmanager
-def running_uvicorn(app: Any) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
-    """The same, with the event loop that it runs in."""
-    taken = socket.create_server(("127.0.0.1", 0))
+def running_uvicorn(app: Any, port: int = 0) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
+    """The same, with the event loop that it runs in. port: 0 takes a free one."""
+    taken = socket.create_server(("127.0.0.1", port))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve([taken])), daemon=True)
@@ -105,6 +106,20 @@ def test_health_readiness_and_metrics_are_answered(url: str, tiny: Path) -> None
     with Device(url, open_of(tiny)):
         assert samples(url)["stip_sessions_open", "llama"] == 1
     assert get(url, "/elsewhere")[0] == 404 and get(url, "/healthz", method="POST")[0] == 405
+
+
+def test_a_device_goes_on_when_a_stopped_uvicorn_is_started_again(url: str, tiny: Path) -> None:
+    with open_assistant(tiny, url) as assistant:
+        wanted = assistant.complete(PROMPT, max_tokens=24).finish()
+    with running_uvicorn(application([str(tiny / "cloud")])) as (first, _):
+        assistant = open_assistant(tiny, first, retry_seconds=PATIENCE)
+        answer = assistant.complete(PROMPT, max_tokens=24)
+        for _ in answer:
+            if len(answer.ids) >= 4:
+                break
+    with assistant, running_uvicorn(application([str(tiny / "cloud")]), port=int(first.rpartition(":")[2])):
+        assert answer.finish().ids == wanted.ids
+        assert answer.stats.counters.replays == 1
 
 
 @pytest.mark.parametrize("frame", ["text", b"\0" * 100], ids=["text", "zeros"])
@@ -182,6 +197,53 @@ def test_a_drain_answers_what_was_received_and_says_why_it_ends(tiny: Path) -> N
         assert farewell.code == "shutting_down" and farewell.retryable
         assert close_code(device.socket) == 1001
         assert status(url) == 503 and get(url, "/readyz") == (503, "draining\n")
+
+
+# --- the socket by itself, at moments that no device can choose ---
+
+
+def gone_from(
+    comes: list[Any], said: list[Any], error: Exception | None = None, limits: Limits | None = None
+) -> ASGISocket:
+    """A socket whose server brings `comes` and then the device's end; what is sent is said, or is the error."""
+    coming = [*comes, {"type": "websocket.disconnect", "code": 1006}]
+
+    async def receive() -> Any:
+        return coming.pop(0)
+
+    async def send(message: Any) -> None:
+        if error is not None:
+            raise error
+        said.append(message)
+
+    return ASGISocket({"headers": []}, receive, send, limits or Limits(), lambda: None)
+
+
+def test_nothing_is_said_to_a_device_that_is_gone() -> None:
+    async def live() -> list[Any]:
+        said: list[Any] = []
+        socket = gone_from([{"type": "websocket.receive", "bytes": b"frame"}], said)
+        await socket.read()
+        with pytest.raises(Closed):
+            await socket.send(b"reply")
+        assert await socket.receive() == b"frame"  # what came before is still there
+        return said
+
+    assert asyncio.run(live()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(), RuntimeError("send after close")])
+def test_however_a_server_says_that_the_device_is_gone_the_socket_is_closed(error: Exception) -> None:
+    with pytest.raises(Closed):
+        asyncio.run(gone_from([], [], error).send(b"reply"))
+
+
+def test_frames_that_carry_nothing_are_not_kept_without_end() -> None:
+    limits = Limits(max_frame=4096, window=8192)
+    empty = [{"type": "websocket.receive", "bytes": b""}] * (limits.window + limits.longest_frame)
+    said: list[Any] = []
+    asyncio.run(gone_from(empty, said, limits=limits).read())
+    assert [message.get("code") for message in said] == [1008]
 
 
 # --- tokens ---
@@ -265,9 +327,55 @@ def test_uvicorns_command_starts_it_with_the_options_of_the_environment(tiny: Pa
     assert "Application shutdown complete" in log
 
 
-def test_a_model_that_cannot_be_loaded_is_the_end_of_the_start(tiny: Path) -> None:
+STUCK = """
+import sys, threading, uvicorn
+from cloud_backend import asgi, scheduler
+
+app = asgi.application([sys.argv[1], "--drain-seconds", "1"])
+
+def stuck(engine, batch):
+    print("stuck", flush=True)
+    threading.Event().wait()
+
+async def served(scope, receive, send):
+    if scope["type"] == "websocket":  # models are loaded and were tried out
+        scheduler._run = stuck
+    await app(scope, receive, send)
+
+uvicorn.run(served, port=int(sys.argv[2]))
+"""
+
+
+def test_a_step_that_is_stuck_does_not_keep_the_process(tiny: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    command = [sys.executable, "-c", STUCK, str(tiny / "cloud"), str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            assert any("Uvicorn running on" in line for line in process.stderr)
+            with Device(f"ws://127.0.0.1:{port}", open_of(tiny)) as device:
+                device.send(device.append(0, table()[:3], rows=1, top_k=1))
+                assert process.stdout.readline() == "stuck\n"
+                process.terminate()
+                process.wait(PATIENCE)
+        finally:
+            process.kill()
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (BundleError("model: broken", hint="mend it"), "model: broken"),
+        (RuntimeError("secret detail"), "loading failed: RuntimeError"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_the_end_of_the_start(
+    error: Exception, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
     def fails() -> Any:
-        raise BundleError("model: broken", hint="mend it")
+        raise error
 
     async def live() -> list[Any]:
         said: list[Any] = []
@@ -283,7 +391,8 @@ def test_a_model_that_cannot_be_loaded_is_the_end_of_the_start(tiny: Path) -> No
         await app({"type": "lifespan"}, receive, send)
         return said
 
-    assert asyncio.run(live()) == [{"type": "lifespan.startup.failed", "message": "model: broken"}]
+    assert asyncio.run(live()) == [{"type": "lifespan.startup.failed", "message": message}]
+    assert message in caplog.text and "secret" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,35 @@ def test_another_size_is_a_usage_error(text: str, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize(
     "option",
-    ["--threads=0", "--token-sessions=0", "--token-rate=-1", "--grace-seconds=0", "--drain-seconds=0", "--log=xml"],
+    [
+        "--threads=0",
+        "--token-sessions=0",
+        "--token-rate=-1",
+        "--grace-seconds=0",
+        "--drain-seconds=0",
+        "--log=xml",
+        "--tensor-parallel=65",
+    ],
 )
 def test_an_option_out_of_its_range_is_a_usage_error(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parsed(option)
     assert ended.value.code == 2 and option.partition("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [
+        ("--port=abc", "seen abc, wanted 0 to 65535"),
+        ("--port=1.5", "seen 1.5, wanted 0 to 65535"),
+        ("--idle-seconds=x", "seen x, wanted a number of seconds, more than 0"),
+        ("--idle-seconds=nan", "seen nan, wanted a number of seconds, more than 0"),
+    ],
+)
+def test_what_is_no_number_is_told_what_is_wanted(option: str, wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parsed(option)
+    assert ended.value.code == 2 and wanted in capsys.readouterr().err
 
 
 def test_what_is_not_said_is_left_to_the_model_and_the_machine() -> None:

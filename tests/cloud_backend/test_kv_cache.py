@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from cloud_backend.kv_cache import PAGE, KVCache, Last, PagePool, Pages
 from cloud_backend.tensor_pool import RESERVED, LayerShape, TensorPool
+from shared.errors import UsageError
 
 SHAPE = LayerShape(heads=2, key_size=3, value_size=5)
 PAGE_BYTES = PAGE * 4 * 2 * (3 + 5)  # of SHAPE in float32
@@ -144,8 +145,17 @@ def test_as_many_pages_as_the_budget_holds(layers: int, extra: int, pages: int) 
     assert (pool.pages, pool.positions, pool.budget) == (pages, pages * PAGE, pages * PAGE_BYTES * layers)
 
 
-def test_a_budget_of_less_than_a_page_is_one_page() -> None:
-    assert pool_of(0).pages == 1
+def test_a_budget_of_less_than_a_page_is_refused() -> None:
+    with pytest.raises(UsageError, match=f"seen {PAGE_BYTES - 1} bytes, wanted at least {PAGE_BYTES}") as refused:
+        TensorPool([SHAPE], torch.float32, torch.device("cpu"), PAGE_BYTES - 1)
+    assert refused.value.hint
+
+
+@pytest.mark.parametrize("budget", [2**50, 2**62, 10**30])
+def test_a_budget_that_no_machine_has_is_refused(budget: int) -> None:
+    with pytest.raises(UsageError, match="bytes, which cannot be allocated") as refused:
+        TensorPool([SHAPE], torch.float32, torch.device("cpu"), budget)
+    assert refused.value.hint == "a smaller --kv-bytes or --context"
 
 
 def test_half_the_bytes_a_value_make_twice_the_pages() -> None:

@@ -11,10 +11,12 @@ from typing import Any
 import gguf
 import msgspec
 import numpy as np
+import psutil
 import pytest
 
 from cloud_backend.engine import AppendWork, HiddenRows, LogitRows
 from cloud_backend.kv_cache import PAGE
+from cloud_backend.llama import opening
 from cloud_backend.llama.engine import LlamaCache, LlamaEngine
 from cloud_backend.llama.library import library
 from cloud_backend.opening import open_context
@@ -22,7 +24,7 @@ from shared.errors import BundleError, UsageError
 from shared.manifest import CloudManifest, file_entry, read_manifest, write_manifest
 from shared.wire import Array
 from tests.cloud_backend.device import close, table
-from tests.cloud_backend.faults import failing
+from tests.cloud_backend.faults import failing, poisoning
 
 EMBEDDINGS = table()
 
@@ -126,6 +128,49 @@ def test_a_step_that_failed_leaves_nothing_of_it(half: Path, when: str) -> None:
     close(rows(engine, cache, 15, EMBEDDINGS[15:23]), expected)
 
 
+@pytest.mark.llama
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_what_is_not_finite_in_the_memory_reaches_no_other_session(half: Path, wanted: int) -> None:
+    engine = opened(half)
+    culprit, other = engine.new_cache(), engine.new_cache()
+    expected = rows(engine, other, 0, EMBEDDINGS[:23])
+    rows(engine, culprit, 0, EMBEDDINGS[30:40])
+    with poisoning(engine, tokens=7):
+        (outcome,) = run(engine, append(culprit, 10, EMBEDDINGS[40:47], rows=wanted))
+    assert (outcome.code, culprit.length) == ("internal", 10)
+    (outcome,) = run(engine, append(other, 23, EMBEDDINGS[23:24]))
+    assert (outcome.code, other.length) == ("out_of_step", 0)
+    close(rows(engine, other, 0, EMBEDDINGS[:23]), expected)
+    (outcome,) = run(engine, append(culprit, 10, EMBEDDINGS[40:47]))
+    assert (outcome.code, culprit.length) == ("out_of_step", 0)
+
+
+@pytest.mark.llama
+def test_who_was_in_a_step_that_was_not_finite_comes_again_alone(half: Path) -> None:
+    engine = opened(half)
+    culprit, other = engine.new_cache(), engine.new_cache()
+    expected = rows(engine, other, 0, EMBEDDINGS[:23])
+    other.clear()
+    with poisoning(engine, tokens=7):
+        together = [append(other, 0, EMBEDDINGS[:23]), append(culprit, 0, EMBEDDINGS[40:47])]
+        assert [outcome.code for outcome in run(engine, *together)] == ["out_of_step", "out_of_step"]
+        first, second = run(engine, *together)
+    close(first.values, expected)
+    assert (second.code, culprit.length) == ("internal", 0)
+
+
+@pytest.mark.llama
+def test_the_log_says_with_what_status_a_step_failed_and_why(half: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = opened(half)
+    cache = engine.new_cache()
+    rows(engine, cache, 0, EMBEDDINGS[:5])
+    cache.length = 9  # llama.cpp wants a sequence to go on where it ended
+    (outcome,) = run(engine, append(cache, 9, EMBEDDINGS[:3]))
+    assert outcome.code == "internal"
+    assert "engine failed: llama_decode: -1" in caplog.text
+    assert "WARNING" in caplog.text and "llama.cpp: " in caplog.text
+
+
 # --- rows ---
 
 
@@ -167,11 +212,23 @@ def test_rows_that_were_given_stay_what_they_were(half: Path) -> None:
 
 @pytest.mark.llama
 def test_an_export_whose_classifier_is_on_devices_gives_hidden_states(tiny_exports: Callable[..., Path]) -> None:
-    halves = [tiny_exports("llama-tied", head="device", gguf=kind) / "cloud" for kind in ("f32", None)]
-    engine = opened(halves[0])
+    engine = opened(tiny_exports("llama-tied", head="device", gguf="f32") / "cloud")
     assert engine.vocab_size == 0
     (result,) = run(engine, append(engine.new_cache(), 0, EMBEDDINGS[:9], rows=3, want="hidden"))
     assert isinstance(result, HiddenRows) and result.hidden.shape == (3, 48) and np.isfinite(result.hidden).all()
+
+
+@pytest.mark.llama
+def test_hidden_states_are_computed_only_where_some_are_wanted(half: Path) -> None:
+    engine = opened(half)
+    cache, wants = engine.new_cache(), list[str]()
+    real = engine._context.decode
+    engine._context.decode = lambda pieces, want: wants.append(want) or real(pieces, want)  # type: ignore
+    first, second = (
+        run(engine, append(cache, keep, EMBEDDINGS[keep : keep + 9], rows=rows, want="hidden"))[0]
+        for keep, rows in ((0, 0), (9, 2))
+    )
+    assert (wants, first.hidden.shape, second.hidden.shape) == (["logits", "hidden"], (0, 48), (2, 48))
 
 
 # --- what cannot be served ---
@@ -244,12 +301,13 @@ def test_an_engine_that_does_not_run_the_weights_is_refused(
     assert hint in str(caught.value.hint)
 
 
-def test_a_missing_llama_cpp_says_how_to_install_it(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_a_missing_llama_cpp_says_how_to_install_it(half: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     library.cache_clear()
     try:
         with pytest.raises(UsageError, match="not installed") as caught:
-            opened(half)
+            open_context(half, device=device)
     finally:
         library.cache_clear()
     assert caught.value.hint == "pip install 'stip[llama.cpp]'"
@@ -257,10 +315,47 @@ def test_a_missing_llama_cpp_says_how_to_install_it(half: Path, monkeypatch: pyt
 
 @pytest.mark.llama
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"device": "cuda"}], ids=str)
-def test_what_llama_cpp_cannot_do_here_is_said_with_a_hint(half: Path, options: dict[str, Any]) -> None:
+def test_what_llama_cpp_cannot_do_here_is_said_with_a_hint(
+    half: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "gpus", list)
     with pytest.raises(UsageError) as caught:
         open_context(half, **options)
     assert caught.value.hint
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("kv_bytes", [2**42, 2**50, 10**30])
+def test_kv_memory_that_no_machine_has_is_refused(half: Path, kv_bytes: int) -> None:
+    with pytest.raises(UsageError, match="which cannot be allocated") as caught:
+        opened(half, kv_bytes=kv_bytes)
+    assert caught.value.hint == "a smaller --kv-bytes or --context"
+
+
+@pytest.mark.llama
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of a process's memory is Linux's")
+def test_kv_memory_that_llama_cpp_does_not_get_is_refused(half: Path) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**28, before[1]))
+    try:
+        with pytest.raises(UsageError, match="which cannot be allocated") as caught:
+            opened(half, kv_bytes=2**30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert caught.value.hint == "a smaller --kv-bytes or --context"
+
+
+@pytest.mark.llama
+def test_on_a_graphics_card_kv_memory_is_half_of_what_is_free_there(
+    half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page_bytes = opened(half).pool.page_bytes
+    monkeypatch.setattr(opening, "gpus", lambda: ["CUDA0"])
+    monkeypatch.setattr(opening, "gpu_memory", lambda: 4 * page_bytes)
+    _, engine = open_context(half)
+    assert engine.pool is not None and engine.pool.pages == 2
 
 
 @pytest.mark.llama

@@ -247,6 +247,10 @@ def test_a_replica_says_how_it_is_and_when_it_is_full(serving: Callable[..., str
         (["--gpus", "1", "--tensor-parallel", "2"], "--gpus: seen 1, wanted one for each of --tensor-parallel 2"),
         (["--device", "cuda"], "--device cuda: seen --gpus 0"),
         (["--min-replicas", "2", "--max-replicas", "1"], "--max-replicas: seen 1, wanted 2 or more"),
+        (
+            ["--max-replicas", "2", "--max-sessions", "32"],
+            "--target-sessions: seen 64, wanted fewer than --max-sessions, 32",
+        ),
         (["--port", "80"], "--port: this server does not listen by itself"),
     ],
 )

@@ -200,6 +200,11 @@ def test_top_k_and_temperature_reach_the_engine() -> None:
     assert work is not None and (work.top_k, work.temperature) == (7, 0.3)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 9e-31])
+def test_a_temperature_that_nothing_finite_comes_of_is_a_bad_request(temperature: float) -> None:
+    assert codes(opened().ask(append(1, 0, 1, temperature=temperature))) == ["bad_request"]
+
+
 def test_times_are_passed_on() -> None:
     cloud = opened()
     cloud.receive(append(1, 0, 1))

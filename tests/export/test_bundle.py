@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -182,3 +184,11 @@ def test_embedding_onnx_gives_the_rows_of_the_table(dtype: torch.dtype, tmp_path
 
 def test_all_tiny_kinds_are_covered_by_one_table() -> None:
     assert {config.model_type for config in TINY.values()} == {"llama", "mistral", "qwen2", "qwen3"}
+
+
+@pytest.mark.parametrize(("number", "hint"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, False)])
+def test_a_disk_is_said_to_be_full_only_where_it_is(number: int, hint: bool, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="out: ") as caught, bundle._appearing_whole(tmp_path / "out"):
+        raise OSError(number, os.strerror(number))
+    assert (caught.value.hint is not None) is hint
+    assert left_over(tmp_path) == []

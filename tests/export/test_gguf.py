@@ -108,7 +108,7 @@ def test_a_tensor_comes_back_from_llama_cpps_form_as_it_was(kind: str) -> None:
         values, one = torch.randn(tensor.shape), form(name)
         parts = one.stored(values)
         assert [tuple(part.shape) for part in parts] == one.shapes(tuple(values.shape))
-        assert torch.allclose(one.stock(parts), values, atol=1e-6 if one.offset else 0, rtol=0), name
+        assert torch.equal(one.stock(parts), values), name
         places += one.names
     assert len(places) == len(set(places)), "two tensors in one place"
 
@@ -144,7 +144,7 @@ def test_the_file_holds_the_originals_values_in_secret_coordinates(
         parts = zip(one.stored(original), kinds, strict=True)
         stored = one.stock([decoded(encoded(part, kind), kind).view(part.shape) for part, kind in parts])
         assert torch.equal(weights.read(name), made.expected(name, stored)), name
-        assert gguf == "f32" or one.offset or (stored.ndim == 1) == torch.equal(stored, original) or "gate" in name
+        assert gguf == "f32" or (stored.ndim == 1) == torch.equal(stored, original) or "gate" in name
     for name in made.plan.zeros:
         assert not weights.read(name).any()
 
@@ -241,7 +241,7 @@ def test_what_devices_add_is_zero(kind: str, exports: Callable[[str, GgufName], 
     assert kind != "gpt2" or not file.raw("position_embd.weight").any()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_with_the_classifier_on_devices_the_cloud_has_none(
     kind: str, checkpoints: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -298,7 +298,7 @@ def test_llama_cpp_computes_what_the_stock_model_does(
 
 
 @pytest.mark.llama
-@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2", "gemma3"])
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
 def test_llama_cpp_loads_what_is_quantised_or_has_no_classifier(
     kind: str, checkpoints: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, OPTConfig, Qwen3MoeConfig
+from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, OPTConfig, Qwen3MoeConfig
 
+from export import cli
 from export.bundle import export_model
 from export.gguf.half import GGUF_FILE
 from export.gguf.layout import Form
@@ -138,6 +140,11 @@ def test_an_architecture_that_llama_cpp_does_not_have(tmp_path: Path) -> None:
     assert line.startswith("architecture 'opt': has no form in GGUF here, wanted one of: llama, mistral, mixtral")
 
 
+def test_gemma_3_whose_windows_llama_cpp_does_not_keep(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "gemma3", Gemma3TextConfig(**BLOCKS, sliding_window=8))
+    assert refused(checkpoint, tmp_path, FamilyError, gguf="f32").startswith("architecture 'gemma3_text': has no form")
+
+
 @pytest.mark.parametrize(
     ("config", "line"),
     [
@@ -157,3 +164,19 @@ def test_heads_that_no_whole_blocks_fit(tmp_path: Path) -> None:
     config = LlamaConfig(**BLOCKS | {"num_attention_heads": 2, "num_key_value_heads": 2}, head_dim=48)
     checkpoint = make_checkpoint(tmp_path / "llama", config)
     assert "blocks" in refused(checkpoint, tmp_path, FamilyError, gguf="q8_0")
+
+
+def test_matrices_that_cannot_be_quantised_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = LlamaConfig(**BLOCKS | {"intermediate_size": 80})  # two and a half blocks
+    checkpoint = make_checkpoint(tmp_path / "llama", config)
+    arguments = ["stip-export", "model", str(checkpoint), "--out", str(tmp_path / "out"), "--gguf", "q8_0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*arguments, "--drafts", "none"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert ended.value.code == 0
+    layers = range(config.num_hidden_layers)
+    report = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert report["unquantised"] == [f"model.layers.{layer}.mlp.down_proj.weight" for layer in layers]
+    said = f"float32    {len(layers)} matrices such as model.layers.0.mlp.down_proj.weight: "
+    assert said in capsys.readouterr().out

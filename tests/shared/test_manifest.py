@@ -225,11 +225,32 @@ def test_a_flipped_weight_is_not_looked_for_otherwise(cloud: Path) -> None:
     check_cloud(cloud, contents=False)
 
 
-@pytest.mark.parametrize("name", ["../config.json", "/etc/passwd", "sub/config.json", "..", ""])
+@pytest.mark.parametrize("name", ["../config.json", "sub/config.json", "{cloud}/config.json"])
 def test_a_manifest_cannot_name_a_file_elsewhere(cloud: Path, name: str) -> None:
+    # The file that it names is there and is the one that it describes, so that nothing else is wrong with it.
+    name = name.format(cloud=cloud)
+    (cloud / "sub").mkdir()
+    (cloud / name).write_bytes((cloud / "config.json").read_bytes())
     manifest = CloudManifest(**COMMON, absent=[], files={name: file_entry(cloud / "config.json")})
-    with pytest.raises(BundleError):
+    with pytest.raises(BundleError, match="wanted a plain file name"):
         check_files(cloud, manifest, contents=True)
+
+
+@pytest.mark.parametrize("name", ["..", ".", ""])
+def test_a_manifest_cannot_name_a_folder(cloud: Path, name: str) -> None:
+    manifest = CloudManifest(**COMMON, absent=[], files={name: file_entry(cloud / "config.json")})
+    with pytest.raises(BundleError, match=r"wanted a plain file name|: missing"):
+        check_files(cloud, manifest, contents=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here that no user can read")
+def test_a_file_that_cannot_be_read_is_named(cloud: Path) -> None:
+    (cloud / "config.json").unlink()
+    (cloud / "config.json").symlink_to("/proc/self/mem")  # its first bytes are an I/O error, for root too
+    manifest = CloudManifest(**COMMON, absent=[], files={"config.json": FileEntry(bytes=0, sha256="")})
+    with pytest.raises(BundleError, match=r"config\.json: Input/output error") as caught:
+        check_files(cloud, manifest, contents=True)
+    assert caught.value.hint == "may this user read it?"
 
 
 def test_an_entry_holds_length_and_sha_256(tmp_path: Path) -> None:

@@ -41,10 +41,10 @@ def test_greedy_ids_are_those_of_generate_on_the_original(
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(temperature=0.8, seed=5),
-        Sampling(temperature=1.5, top_k=40, seed=6),
+        pytest.param(Sampling(temperature=0.8, seed=5), marks=pytest.mark.slow),
+        pytest.param(Sampling(temperature=1.5, top_k=40, seed=6), marks=pytest.mark.slow),
         Sampling(temperature=1.0, top_p=0.9, min_p=0.01, repetition_penalty=1.2, seed=7),
-        Sampling(repetition_penalty=1.3),
+        pytest.param(Sampling(repetition_penalty=1.3), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -71,7 +71,13 @@ def test_a_token_brings_down_one_hidden_state(tiny_exports: Exports) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=11)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        pytest.param(Sampling(), marks=pytest.mark.slow, id="greedy"),
+        pytest.param(Sampling(temperature=0.8, seed=11), id="sampled"),
+    ],
+)
 def test_a_cloud_killed_and_started_again_does_not_change_the_answer(
     sampling: Sampling, scheme: SchemeName, tiny_exports: Exports
 ) -> None:

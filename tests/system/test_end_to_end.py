@@ -72,7 +72,11 @@ def test_a_token_costs_few_bytes_both_ways(dtype: str, limit: int, smollm2: Path
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(temperature=0.8, top_p=0.95, seed=11)], ids=["greedy", "sampled"]
+    "sampling",
+    [
+        pytest.param(Sampling(), marks=pytest.mark.slow, id="greedy"),
+        pytest.param(Sampling(temperature=0.8, top_p=0.95, seed=11), id="sampled"),
+    ],
 )
 def test_a_cloud_killed_and_started_again_does_not_change_the_answer(sampling: Sampling, smollm2: Path) -> None:
     with run_cloud_process(smollm2 / "cloud") as (url, _), open_assistant(smollm2, url) as assistant:

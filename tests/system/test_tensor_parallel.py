@@ -5,6 +5,8 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import open_assistant, run_cloud, run_cloud_process
 
 PROMPTS = (
@@ -26,6 +28,7 @@ def answered(export: Path, url: str) -> list[list[int]]:
         return list(together.map(ask, PROMPTS))
 
 
+@pytest.mark.ranks
 def test_two_processes_give_the_ids_of_one(smollm2: Path) -> None:
     with run_cloud(smollm2) as alone:
         wanted = answered(smollm2, alone.url)

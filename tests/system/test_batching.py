@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from device_app.assistant import Assistant
 from device_app.bundle import Bundle
@@ -138,6 +139,7 @@ def test_a_session_among_32_others_gets_the_tokens_that_it_gets_alone(tiny: Path
     assert shared > 1.5, "hardly any step served several: nothing is claimed then"
 
 
+@pytest.mark.slow
 def test_a_real_model_gives_a_session_in_a_crowd_the_tokens_that_it_gives_it_alone(smollm2: Path) -> None:
     bundle = Bundle.open(smollm2 / "device")
     talks = random_talks(random.Random(2), 12, words=80, tokens=24, questions=1, seconds=2.0)
